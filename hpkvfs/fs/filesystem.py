@@ -1,0 +1,621 @@
+"""The filesystem proper: POSIX operations on inodes, in memory, with no kernel and no network.
+
+Every operation is one synchronous step: it first reads all it needs (which may raise
+types.Missing: load, then call again), then decides, then applies its effects in one record
+of the redo log. So an operation happens whole or not at all, and no lock is needed.
+
+Errors are OSError with the errno a Linux filesystem would give. Permissions are the
+kernel's business (default_permissions).
+
+Invariants
+  - inode numbers are never used twice;
+  - a file holds no data past its size (so blocks past it are known to be empty);
+  - an inode without names exists only while the kernel still holds it, and is then listed
+    as an orphan, so that after a crash it is found and removed;
+  - `usage` always equals the sum over inodes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from hpkvfs.fs.layer import Cut, Effect, Gone, Layer, Put, Usage, Write
+from hpkvfs.fs.redolog import RedoLog
+from hpkvfs.fs.view import Below, View
+from hpkvfs.volume.items import (
+    BLOCK,
+    MAX_NAME,
+    MAX_OFFSET,
+    MAX_SYMLINK,
+    MAX_XATTR,
+    ROOT_INO,
+    Clock,
+    Dirent,
+    Inode,
+    ItemKind,
+    NameHash,
+    decode_xattr,
+    encode_xattr,
+    file_type,
+    key,
+    kind_range,
+    split_key,
+)
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+XATTR_CREATE = 1
+XATTR_REPLACE = 2
+LINK_MAX = 65_000
+
+
+def fail(code: int) -> OSError:
+    """The OSError of an errno."""
+    return OSError(code, os.strerror(code))
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What setattr is asked to change; None leaves a field as it is."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime: int | None = None
+    mtime: int | None = None
+    ctime: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What statfs is computed from: bytes and files held, and dirty bytes not published."""
+
+    bytes: int
+    files: int
+    dirty: int
+
+
+class Filesystem:
+    """Inodes, directories and file data over a published tree.
+
+    `room(n)` tells whether n more dirty bytes can be accepted; it raises OSError if not.
+    """
+
+    def __init__(
+        self,
+        below: Below,
+        log: RedoLog,
+        names: NameHash,
+        clock: Clock,
+        room: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._below = below
+        self._log = log
+        self._names = names
+        self._clock = clock
+        self._room = room
+        self._lookups: Counter[int] = Counter()
+        self._base = (0, 0)
+        self.active = Layer()
+        self.frozen: Layer | None = None
+        self.next_ino = ROOT_INO
+        self._restack()
+
+    # -- life cycle ------------------------------------------------------------------
+
+    def start(self, next_ino: int, size: int, files: int, covered: int) -> int:
+        """Take over from a published generation and the redo log; records replayed."""
+        self.next_ino = max(next_ino, ROOT_INO)
+        self._base = (size, files)
+        replayed = 0
+        for effects in self._log.replay(covered):
+            self._take(effects)
+            replayed += 1
+        return replayed
+
+    def make_root(self, uid: int, gid: int) -> None:
+        """Give an empty filesystem its root directory."""
+        now = self._clock()
+        root = Inode(ROOT_INO, stat.S_IFDIR | 0o755, 2, uid, gid, 0, now, now, now, 0, ROOT_INO)
+        self._commit([_put(root), Usage(0, 1)])
+
+    def freeze(self) -> int:
+        """Set the active layer aside to be published; the last redo log it includes."""
+        assert self.frozen is None
+        covered = self._log.rotate()
+        self.frozen, self.active = self.active, Layer()
+        self._restack()
+        return covered
+
+    def published(self, covered: int) -> None:
+        """The frozen layer is now in the tree below: forget it, and its log."""
+        if self.frozen is not None:
+            size, files = self._base
+            self._base = (size + self.frozen.usage_bytes, files + self.frozen.usage_files)
+        self.frozen = None
+        self._restack()
+        self._log.drop(covered)
+
+    def orphans(self) -> list[int]:
+        """Inodes that lost their last name while open; Missing."""
+        scan = self._view.scan(*kind_range(0, ItemKind.ORPHAN))
+        return [split_key(raw)[2] for raw, _ in scan]
+
+    def reclaim(self, ino: int) -> None:
+        """Remove an orphan for good; Missing."""
+        inode = self.getattr(ino)
+        self._commit([*_remove(inode), Put(key(0, ItemKind.ORPHAN, ino), None)])
+
+    def rebase(self, size: int, files: int) -> None:
+        """The generation below turned out to hold some of the active layer already."""
+        base_size, base_files = self._base
+        self._base = (base_size + size, base_files + files)
+        self.active.usage_bytes -= size
+        self.active.usage_files -= files
+
+    def syncer(self) -> Callable[[], None]:
+        """A function that returns when all changes so far are on the local disk."""
+        return self._log.syncer()
+
+    def totals(self) -> Totals:
+        """Sums over the whole filesystem, unpublished changes included."""
+        layers = [self.active, self.frozen or Layer()]
+        size, files = self._base
+        return Totals(
+            size + sum(layer.usage_bytes for layer in layers),
+            files + sum(layer.usage_files for layer in layers),
+            sum(layer.weight for layer in layers),
+        )
+
+    @property
+    def view(self) -> View:
+        """Reading access to what is below and above."""
+        return self._view
+
+    # -- what the kernel holds -------------------------------------------------------
+
+    def remember(self, ino: int) -> None:
+        """The kernel holds one more reference to this inode."""
+        self._lookups[ino] += 1
+
+    def forget(self, ino: int, count: int) -> None:
+        """The kernel dropped references; the last one removes an orphan. Missing."""
+        if self._lookups[ino] <= count and self._view.get(key(0, ItemKind.ORPHAN, ino)) is not None:
+            self.reclaim(ino)
+        self._lookups[ino] -= count
+        if self._lookups[ino] <= 0:
+            del self._lookups[ino]
+
+    # -- inodes ----------------------------------------------------------------------
+
+    def getattr(self, ino: int) -> Inode:
+        """The inode; ENOENT."""
+        raw = self._view.get(key(ino, ItemKind.INODE))
+        if raw is None:
+            raise fail(errno.ENOENT)
+        return Inode.decode(ino, raw)
+
+    def setattr(self, ino: int, changes: Changes) -> Inode:
+        """Change an inode's attributes, size included; EISDIR, EINVAL, EFBIG, ENOSPC."""
+        inode = self.getattr(ino)
+        now = self._clock()
+        effects: list[Effect] = []
+        new = replace(inode, ctime=now if changes.ctime is None else changes.ctime)
+        if changes.size is not None:
+            effects += self._resize(inode, changes.size)
+            new = replace(new, size=changes.size, mtime=now)
+        if changes.mode is not None:
+            new = replace(new, mode=stat.S_IFMT(inode.mode) | stat.S_IMODE(changes.mode))
+        for field in ("uid", "gid", "atime", "mtime"):
+            value = getattr(changes, field)
+            if value is not None:
+                new = replace(new, **{field: value})
+        self._commit([*effects, _put(new)])
+        return new
+
+    def _resize(self, inode: Inode, size: int) -> list[Effect]:
+        if inode.is_dir:
+            raise fail(errno.EISDIR)
+        if not inode.is_file:
+            raise fail(errno.EINVAL)
+        if not 0 <= size <= MAX_OFFSET:
+            raise fail(errno.EFBIG)
+        effects: list[Effect] = [Usage(size - inode.size, 0)]
+        if size < inode.size:
+            effects.append(Cut(inode.ino, _blocks(size)))
+            rest = min(-size % BLOCK, inode.size - size)
+            if rest and self._view.block(inode.ino, size // BLOCK)[size % BLOCK :]:
+                effects.append(Write(inode.ino, size, bytes(rest), _blocks(inode.size)))
+        return effects
+
+    # -- names -----------------------------------------------------------------------
+
+    def lookup(self, parent: int, name: bytes) -> Inode:
+        """The inode a name leads to; ENOENT, ENOTDIR, ENAMETOOLONG."""
+        if name in (b".", b".."):
+            directory = self._directory(parent)
+            return directory if name == b"." else self.getattr(directory.parent)
+        return self.getattr(self._entry(parent, name).ino)
+
+    def readdir(self, ino: int, after: int, limit: int) -> list[Dirent]:
+        """At most `limit` entries with cookies above `after`, in their stable order."""
+        low, high = kind_range(ino, ItemKind.DIRENT, after + 1)
+        entries = []
+        for raw, value in self._view.scan(low, high):
+            entries.append(Dirent.decode(split_key(raw)[2], value))
+            if len(entries) == limit:
+                break
+        return entries
+
+    def make(self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0) -> Inode:
+        """Create a file, directory, fifo, socket or device node; EEXIST, ENOSPC, ..."""
+        return self._make(parent, name, mode, uid, gid, rdev, [])
+
+    def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
+        """Create a symbolic link; ENAMETOOLONG when the target exceeds 4,095 bytes."""
+        if len(target) > MAX_SYMLINK:
+            raise fail(errno.ENAMETOOLONG)
+        extra: list[Effect] = [Put(key(self.next_ino, ItemKind.SYMLINK), target)]
+        mode = stat.S_IFLNK | 0o777
+        return self._make(parent, name, mode, uid, gid, 0, extra, len(target))
+
+    def _make(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int,
+        extra: list[Effect],
+        size: int = 0,
+    ) -> Inode:
+        directory = self._directory(parent)
+        cookie = self._free_cookie(parent, name)
+        if directory.nlink == 0:
+            raise fail(errno.ENOENT)
+        is_dir = stat.S_ISDIR(mode)
+        if directory.mode & stat.S_ISGID:
+            gid = directory.gid
+            mode |= stat.S_ISGID if is_dir else 0
+        self._room(2 * BLOCK)
+        now = self._clock()
+        ino, links = self.next_ino, 2 if is_dir else 1
+        above = parent if is_dir else 0
+        inode = Inode(ino, mode, links, uid, gid, size, now, now, now, rdev, above)
+        changed = _touched(directory, now, nlink=directory.nlink + is_dir)
+        entry = _entry_put(parent, cookie, name, inode)
+        self._commit([_put(inode), *extra, entry, _put(changed), Usage(size, 1)])
+        return inode
+
+    def readlink(self, ino: int) -> bytes:
+        """The target of a symbolic link; EINVAL if it is none."""
+        target = self._view.get(key(ino, ItemKind.SYMLINK))
+        if target is None:
+            raise fail(errno.EINVAL)
+        return target
+
+    def link(self, ino: int, parent: int, name: bytes) -> Inode:
+        """Give an inode one more name; EPERM for directories, EMLINK."""
+        inode, directory = self.getattr(ino), self._directory(parent)
+        if inode.is_dir:
+            raise fail(errno.EPERM)
+        cookie = self._free_cookie(parent, name)
+        if inode.nlink == 0 or directory.nlink == 0:
+            raise fail(errno.ENOENT)
+        if inode.nlink >= LINK_MAX:
+            raise fail(errno.EMLINK)
+        self._room(2 * BLOCK)
+        now = self._clock()
+        new = replace(inode, nlink=inode.nlink + 1, ctime=now)
+        entry = _entry_put(parent, cookie, name, new)
+        self._commit([_put(new), entry, _put(_touched(directory, now))])
+        return new
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Remove a name of something that is not a directory; ENOENT, EISDIR."""
+        directory, entry = self._directory(parent), self._entry(parent, name)
+        inode = self.getattr(entry.ino)
+        if inode.is_dir:
+            raise fail(errno.EISDIR)
+        now = self._clock()
+        effects = self._unname(inode, now)
+        gone = Put(key(parent, ItemKind.DIRENT, entry.cookie), None)
+        self._commit([*effects, gone, _put(_touched(directory, now))])
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """Remove an empty directory; ENOENT, ENOTDIR, ENOTEMPTY."""
+        if name == b".":
+            raise fail(errno.EINVAL)
+        if name == b"..":
+            raise fail(errno.ENOTEMPTY)
+        directory, entry = self._directory(parent), self._entry(parent, name)
+        inode = self._directory(entry.ino)
+        self._check_empty(entry.ino)
+        now = self._clock()
+        effects = self._unname(inode, now)
+        gone = Put(key(parent, ItemKind.DIRENT, entry.cookie), None)
+        changed = _touched(directory, now, nlink=directory.nlink - 1)
+        self._commit([*effects, gone, _put(changed)])
+
+    def rename(
+        self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> None:
+        """rename(2) with RENAME_NOREPLACE and RENAME_EXCHANGE; EINVAL for other flags."""
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            raise fail(errno.EINVAL)
+        if {old_name, new_name} & {b".", b".."}:
+            raise fail(errno.EBUSY)
+        self._directory(old_parent)
+        self._directory(new_parent)
+        old = self._entry(old_parent, old_name)
+        moved = self.getattr(old.ino)
+        target = self._find(new_parent, new_name)
+        if flags == RENAME_EXCHANGE:
+            self._exchange(old_parent, old, moved, new_parent, target)
+            return
+        if target is not None and flags == RENAME_NOREPLACE:
+            raise fail(errno.EEXIST)
+        if target is not None and target.ino == old.ino:
+            return
+        self._no_loop(moved, new_parent)
+        self._replace(old_parent, old, moved, new_parent, new_name, target)
+
+    def _replace(
+        self,
+        old_parent: int,
+        old: Dirent,
+        moved: Inode,
+        new_parent: int,
+        new_name: bytes,
+        target: Dirent | None,
+    ) -> None:
+        now = self._clock()
+        links = Counter({old_parent: 0, new_parent: 0})
+        effects: list[Effect] = [Put(key(old_parent, ItemKind.DIRENT, old.cookie), None)]
+        if target is not None:
+            victim = self.getattr(target.ino)
+            self._replaceable(moved, victim)
+            effects += self._unname(victim, now)
+            links[new_parent] -= victim.is_dir
+            cookie = target.cookie
+        else:
+            self._room(2 * BLOCK)
+            cookie = self._free_cookie(new_parent, new_name)
+        if moved.is_dir:
+            links[old_parent] -= 1
+            links[new_parent] += 1
+        above = new_parent if moved.is_dir else 0
+        effects.append(_put(replace(moved, ctime=now, parent=above)))
+        effects.append(_entry_put(new_parent, cookie, new_name, moved))
+        self._commit([*effects, *self._relinked(links, now)])
+
+    def _exchange(
+        self, old_parent: int, old: Dirent, moved: Inode, new_parent: int, target: Dirent | None
+    ) -> None:
+        if target is None:
+            raise fail(errno.ENOENT)
+        other = self.getattr(target.ino)
+        if moved.ino == other.ino:
+            return
+        self._no_loop(moved, new_parent)
+        self._no_loop(other, old_parent)
+        now = self._clock()
+        shift = moved.is_dir - other.is_dir
+        links = Counter({old_parent: 0, new_parent: 0})
+        links[old_parent] -= shift
+        links[new_parent] += shift
+        self._commit(
+            [
+                _put(replace(moved, ctime=now, parent=new_parent if moved.is_dir else 0)),
+                _put(replace(other, ctime=now, parent=old_parent if other.is_dir else 0)),
+                _entry_put(new_parent, target.cookie, target.name, moved),
+                _entry_put(old_parent, old.cookie, old.name, other),
+                *self._relinked(links, now),
+            ]
+        )
+
+    def _relinked(self, links: Counter[int], now: int) -> list[Effect]:
+        directories = [(self._directory(ino), more) for ino, more in links.items()]
+        return [_put(_touched(d, now, nlink=d.nlink + more)) for d, more in directories]
+
+    def _replaceable(self, moved: Inode, victim: Inode) -> None:
+        if victim.is_dir and not moved.is_dir:
+            raise fail(errno.EISDIR)
+        if moved.is_dir and not victim.is_dir:
+            raise fail(errno.ENOTDIR)
+        if victim.is_dir:
+            self._check_empty(victim.ino)
+
+    def _no_loop(self, moved: Inode, parent: int) -> None:
+        """EINVAL when a directory would be moved into itself."""
+        while moved.is_dir and parent != ROOT_INO:
+            if parent == moved.ino:
+                raise fail(errno.EINVAL)
+            parent = self.getattr(parent).parent
+
+    def _check_empty(self, ino: int) -> None:
+        if self.readdir(ino, -1, 1):
+            raise fail(errno.ENOTEMPTY)
+
+    def _unname(self, inode: Inode, now: int) -> list[Effect]:
+        """The effects on an inode of losing one name."""
+        left = 0 if inode.is_dir else inode.nlink - 1
+        if left:
+            return [_put(replace(inode, nlink=left, ctime=now))]
+        if self._lookups[inode.ino]:
+            orphan = Put(key(0, ItemKind.ORPHAN, inode.ino), b"")
+            return [_put(replace(inode, nlink=0, ctime=now)), orphan]
+        return _remove(inode)
+
+    def _directory(self, ino: int) -> Inode:
+        inode = self.getattr(ino)
+        if not inode.is_dir:
+            raise fail(errno.ENOTDIR)
+        return inode
+
+    def _entry(self, parent: int, name: bytes) -> Dirent:
+        entry = self._find(parent, name)
+        if entry is None:
+            raise fail(errno.ENOENT)
+        return entry
+
+    def _find(self, parent: int, name: bytes) -> Dirent | None:
+        if len(name) > MAX_NAME:
+            raise fail(errno.ENAMETOOLONG)
+        first, last = self._names.slots(name)
+        span = key(parent, ItemKind.DIRENT, first), key(parent, ItemKind.DIRENT, last)
+        for raw, value in self._view.scan(*span):
+            entry = Dirent.decode(split_key(raw)[2], value)
+            if entry.name == name:
+                return entry
+        self._directory(parent)
+        return None
+
+    def _free_cookie(self, parent: int, name: bytes) -> int:
+        """A cookie for a new name; EEXIST if it is there already."""
+        if not name or b"/" in name or b"\0" in name:
+            raise fail(errno.EINVAL)
+        if name in (b".", b"..") or self._find(parent, name) is not None:
+            raise fail(errno.EEXIST)
+        first, last = self._names.slots(name)
+        span = key(parent, ItemKind.DIRENT, first), key(parent, ItemKind.DIRENT, last)
+        taken = {split_key(raw)[2] for raw, _ in self._view.scan(*span)}
+        free = next((cookie for cookie in range(first, last) if cookie not in taken), None)
+        if free is None:
+            raise fail(errno.ENOSPC)
+        return free
+
+    # -- data ------------------------------------------------------------------------
+
+    def read(self, ino: int, offset: int, size: int) -> bytes:
+        """At most `size` bytes from an offset, fewer at the end of the file; Missing."""
+        inode = self.getattr(ino)
+        size = min(size, inode.size - offset)
+        if size <= 0:
+            return b""
+        first, start = divmod(offset, BLOCK)
+        numbers = range(first, _blocks(offset + size))
+        blocks = self._view.blocks((ino, number) for number in numbers)
+        if len(blocks) == 1:
+            return blocks[0][start : start + size].ljust(size, b"\0")
+        whole = b"".join(block.ljust(BLOCK, b"\0") for block in blocks)
+        return whole[start : start + size]
+
+    def write(self, ino: int, offset: int, data: bytes) -> int:
+        """Write all of `data` at an offset; its length. EFBIG, ENOSPC."""
+        inode = self.getattr(ino)
+        end = offset + len(data)
+        if end > MAX_OFFSET:
+            raise fail(errno.EFBIG)
+        self._room(len(data))
+        now = self._clock()
+        new = replace(inode, size=max(inode.size, end), mtime=now, ctime=now)
+        effects: list[Effect] = [Write(ino, offset, data, _blocks(inode.size)), _put(new)]
+        if new.size != inode.size:
+            effects.append(Usage(new.size - inode.size, 0))
+        self._commit(effects)
+        return len(data)
+
+    # -- extended attributes -----------------------------------------------------------
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """The value; ENODATA."""
+        found = self._find_xattr(ino, name)
+        if found is None:
+            raise fail(errno.ENODATA)
+        return found[1]
+
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """Set one; EEXIST and ENODATA by flags, ENOSPC when it is over 7,500 bytes."""
+        inode, found = self.getattr(ino), self._find_xattr(ino, name)
+        if flags & XATTR_CREATE and found:
+            raise fail(errno.EEXIST)
+        if flags & XATTR_REPLACE and not found:
+            raise fail(errno.ENODATA)
+        if len(name) > MAX_NAME:
+            raise fail(errno.ERANGE)
+        if len(name) + len(value) > MAX_XATTR:
+            raise fail(errno.ENOSPC)
+        self._room(2 * BLOCK)
+        place = found[0] if found else self._free_xattr(ino, name)
+        item = Put(key(ino, ItemKind.XATTR, place), encode_xattr(name, value))
+        self._commit([item, _put(replace(inode, ctime=self._clock()))])
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        """The names."""
+        self.getattr(ino)
+        return [decode_xattr(v)[0] for _, v in self._view.scan(*kind_range(ino, ItemKind.XATTR))]
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """Remove one; ENODATA."""
+        inode, found = self.getattr(ino), self._find_xattr(ino, name)
+        if found is None:
+            raise fail(errno.ENODATA)
+        item = Put(key(ino, ItemKind.XATTR, found[0]), None)
+        self._commit([item, _put(replace(inode, ctime=self._clock()))])
+
+    def _find_xattr(self, ino: int, name: bytes) -> tuple[int, bytes] | None:
+        first, last = self._names.slots(name)
+        span = key(ino, ItemKind.XATTR, first), key(ino, ItemKind.XATTR, last)
+        for raw, value in self._view.scan(*span):
+            found, content = decode_xattr(value)
+            if found == name:
+                return split_key(raw)[2], content
+        return None
+
+    def _free_xattr(self, ino: int, name: bytes) -> int:
+        first, last = self._names.slots(name)
+        span = key(ino, ItemKind.XATTR, first), key(ino, ItemKind.XATTR, last)
+        taken = {split_key(raw)[2] for raw, _ in self._view.scan(*span)}
+        free = next((place for place in range(first, last) if place not in taken), None)
+        if free is None:
+            raise fail(errno.ENOSPC)
+        return free
+
+    # -- effects ---------------------------------------------------------------------
+
+    def _commit(self, effects: list[Effect]) -> None:
+        """The one way to change anything: first the log, then memory."""
+        self._log.append(effects)
+        self._take(effects)
+
+    def _take(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            self.active.apply(effect)
+            if isinstance(effect, Put):
+                ino, kind, _ = split_key(effect.key)
+                if kind == ItemKind.INODE:
+                    self.next_ino = max(self.next_ino, ino + 1)
+
+    def _restack(self) -> None:
+        layers = [self.active] if self.frozen is None else [self.active, self.frozen]
+        self._view = View(layers, self._below)
+
+
+def _put(inode: Inode) -> Put:
+    return Put(key(inode.ino, ItemKind.INODE), inode.encode())
+
+
+def _entry_put(parent: int, cookie: int, name: bytes, inode: Inode) -> Put:
+    entry = Dirent(name, inode.ino, file_type(inode.mode))
+    return Put(key(parent, ItemKind.DIRENT, cookie), entry.encode())
+
+
+def _remove(inode: Inode) -> list[Effect]:
+    return [Gone(inode.ino), Usage(-inode.size, -1)]
+
+
+def _touched(directory: Inode, now: int, nlink: int | None = None) -> Inode:
+    links = directory.nlink if nlink is None else nlink
+    return replace(directory, mtime=now, ctime=now, nlink=links)
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)

@@ -1,0 +1,209 @@
+"""Layers: what changed since the last published generation, in memory.
+
+A layer is a set of changes over what lies below it: items put or removed, inodes removed
+whole (`gone`), files cut short (`cuts`), and blocks written. Two of them exist at most:
+the active one, which operations change, and a frozen one that is being published; below
+both lies the tree. Everything is applied through `Effect`s, which are also exactly what the
+redo log stores, so replaying the log and having lived through it give the same layer.
+
+Invariants
+  - within one layer, items and blocks are newer than its cuts and gone marks: applying a cut
+    first drops what it covers from the layer;
+  - a block's bytes outside `valid` come from the layers below, through this layer's cuts;
+  - nothing a layer below holds is ever changed.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from sortedcontainers import SortedDict
+
+from hpkvfs.volume.items import BLOCK, ItemKind, inode_range, kind_range, split_key
+
+_ITEM_COST = 48
+_FULL = [(0, BLOCK)]
+
+
+class Put(NamedTuple):
+    """Set an item, or remove it (value None)."""
+
+    key: bytes
+    value: bytes | None
+
+
+class Gone(NamedTuple):
+    """Remove every item and block of an inode."""
+
+    ino: int
+
+
+class Cut(NamedTuple):
+    """Remove all blocks of a file from this one on."""
+
+    ino: int
+    block: int
+
+
+class Write(NamedTuple):
+    """Write bytes at an offset; blocks from `fresh` on hold nothing in the layers below."""
+
+    ino: int
+    offset: int
+    data: bytes
+    fresh: int
+
+
+class Usage(NamedTuple):
+    """Change the volume's totals: sum of file sizes, number of inodes."""
+
+    bytes: int
+    files: int
+
+
+Effect = Put | Gone | Cut | Write | Usage
+
+
+class DirtyBlock:
+    """One block of a file, known in the byte ranges `valid`, elsewhere as below."""
+
+    __slots__ = ("data", "valid")
+
+    def __init__(self, fresh: bool) -> None:
+        self.data = bytearray()
+        self.valid: list[tuple[int, int]] = list(_FULL) if fresh else []
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing of the block comes from below (bytes past `data` are zeros)."""
+        return self.valid == _FULL
+
+    def write(self, start: int, data: bytes | memoryview) -> None:
+        """Overwrite bytes from `start`; they must end within the block."""
+        end = start + len(data)
+        if len(self.data) < start:
+            self.data.extend(bytes(start - len(self.data)))
+        self.data[start:end] = data
+        if not self.full:
+            self._mark(start, end)
+
+    def over(self, base: bytes) -> bytes:
+        """The block's content, given what lies below it."""
+        if self.full:
+            return bytes(self.data)
+        merged = bytearray(base.ljust(len(self.data), b"\0"))
+        for start, end in self.valid:
+            merged[start:end] = self.data[start:end].ljust(end - start, b"\0")
+        return bytes(merged)
+
+    def _mark(self, start: int, end: int) -> None:
+        keep = [r for r in self.valid if r[1] < start or r[0] > end]
+        touching = [r for r in self.valid if not (r[1] < start or r[0] > end)]
+        for low, high in touching:
+            start, end = min(start, low), max(end, high)
+        insort(keep, (start, end))
+        self.valid = keep
+
+
+@dataclass(slots=True)
+class Layer:
+    """Changes not yet published. `weight` estimates the bytes they will cost in blobs."""
+
+    items: SortedDict[bytes, bytes | None] = field(default_factory=SortedDict)
+    blocks: dict[int, dict[int, DirtyBlock]] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
+    cuts: dict[int, int] = field(default_factory=dict)
+    usage_bytes: int = 0
+    usage_files: int = 0
+    weight: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.items or self.blocks or self.gone or self.cuts)
+
+    def apply(self, effect: Effect) -> None:
+        """Make one change."""
+        match effect:
+            case Put(key, value):
+                self.weight += _ITEM_COST + len(value or b"")
+                self.items[key] = value
+            case Write(ino, offset, data, fresh):
+                self._write(ino, offset, data, fresh)
+            case Usage(size, files):
+                self.usage_bytes += size
+                self.usage_files += files
+            case Cut(ino, block):
+                self._drop_blocks(ino, block)
+                self.cuts[ino] = min(block, self.cuts.get(ino, block))
+            case Gone(ino):
+                self._drop_blocks(ino, 0)
+                self._drop_items(*inode_range(ino))
+                self.cuts.pop(ino, None)
+                self.gone.add(ino)
+
+    def hides(self, key: bytes) -> bool:
+        """Whether an item of a lower layer is removed by a cut or a gone mark of this one."""
+        if not (self.gone or self.cuts):
+            return False
+        ino, kind, offset = split_key(key)
+        if ino in self.gone:
+            return True
+        cut = self.cuts.get(ino)
+        data = kind in (ItemKind.EXTENT, ItemKind.INLINE)
+        return cut is not None and data and offset >= cut * BLOCK
+
+    def hides_block(self, ino: int, block: int) -> bool:
+        """As hides, for a block of a file."""
+        return ino in self.gone or block >= self.cuts.get(ino, block + 1)
+
+    def range(self, low: bytes, high: bytes) -> Iterator[tuple[bytes, bytes | None]]:
+        """The items put or removed with low <= key < high, in order."""
+        for key in self.items.irange(low, high, inclusive=(True, False)):
+            yield key, self.items[key]
+
+    def items_changed(self) -> Iterable[tuple[bytes, bytes | None]]:
+        """Every item put or removed, in order."""
+        changed: Iterable[tuple[bytes, bytes | None]] = self.items.items()
+        return changed
+
+    def dirty_blocks(self) -> list[tuple[int, int]]:
+        """(inode, block) of every block written, in order."""
+        return sorted((ino, number) for ino, blocks in self.blocks.items() for number in blocks)
+
+    def hidden_ranges(self) -> Iterator[tuple[bytes, bytes]]:
+        """The key ranges that are removed from below, in no order."""
+        for ino in self.gone:
+            yield inode_range(ino)
+        for ino, block in self.cuts.items():
+            yield kind_range(ino, ItemKind.EXTENT, block * BLOCK)
+            yield kind_range(ino, ItemKind.INLINE, block * BLOCK)
+
+    def _write(self, ino: int, offset: int, data: bytes, fresh: int) -> None:
+        blocks = self.blocks.setdefault(ino, {})
+        view = memoryview(data)
+        while view:
+            number, start = divmod(offset, BLOCK)
+            piece = view[: BLOCK - start]
+            block = blocks.get(number)
+            if block is None:
+                block = blocks[number] = DirtyBlock(number >= fresh or len(piece) == BLOCK)
+            before = len(block.data)
+            block.write(start, piece)
+            self.weight += len(block.data) - before
+            offset += len(piece)
+            view = view[len(piece) :]
+
+    def _drop_blocks(self, ino: int, start: int) -> None:
+        blocks = self.blocks.get(ino)
+        if blocks is None:
+            return
+        for number in [n for n in blocks if n >= start]:
+            self.weight -= len(blocks.pop(number).data)
+        if not blocks:
+            del self.blocks[ino]
+
+    def _drop_items(self, low: bytes, high: bytes) -> None:
+        for key in list(self.items.irange(low, high, inclusive=(True, False))):
+            self.weight -= _ITEM_COST + len(self.items.pop(key) or b"")

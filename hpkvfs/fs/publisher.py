@@ -1,0 +1,230 @@
+"""Carries out publication: takes frozen layers to the server, generation by generation.
+
+An attempt that fails (server down, wallet empty) is kept as it is and resumed with the same
+blobs; writing goes on meanwhile in the active layer and the redo log. It is thrown away only
+when the server has something else under one of its ids; what it stored is then dead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from hpkvfs.errors import KeyExists, SecondWriter, StoreError
+from hpkvfs.fs.filesystem import Filesystem
+from hpkvfs.fs.view import View
+from hpkvfs.types import ANCHOR_BIT, BlobId, BlobRef
+from hpkvfs.volume import gc
+from hpkvfs.volume.commit import Base, Insert, Load, Sealed, Step, Steps, publish
+from hpkvfs.volume.items import Clock
+from hpkvfs.volume.volume import Known, Volume
+
+log = logging.getLogger(__name__)
+
+INSERTS_AT_ONCE = 16
+ID_GAP = 4_096
+MAX_COLLISIONS = 3
+
+Progress = Callable[[int, int], None]
+
+
+class Records(Protocol):
+    """Durable local facts of this client."""
+
+    async def save_known(self, known: Known) -> None:
+        """The newest generation this client has seen; durable on return."""
+        ...
+
+    def mark(self) -> int:
+        """A place in the record of what was stored and deleted: now."""
+        ...
+
+    def settle(self, mark: int) -> None:
+        """What was stored or deleted before the mark is in the known generation's books."""
+        ...
+
+
+@dataclass(slots=True)
+class _Attempt:
+    steps: Steps
+    mark: int
+    orphans: frozenset[BlobRef]
+    removed: frozenset[BlobRef]
+    step: Step | None = None
+    stored: set[BlobRef] = field(default_factory=set)
+    done: Known | None = None
+
+    def advance(self) -> None:
+        try:
+            self.step = next(self.steps)
+        except StopIteration as stop:
+            self.step, self.done = None, stop.value
+
+
+class Publisher:
+    """Publishes a filesystem's changes; one attempt at a time."""
+
+    def __init__(
+        self,
+        volume: Volume,
+        fs: Filesystem,
+        records: Records,
+        writer: bytes,
+        next_id: BlobId,
+        clock: Clock,
+    ) -> None:
+        self._volume = volume
+        self._fs = fs
+        self._records = records
+        self._writer = writer
+        self._clock = clock
+        self._lock = trio.Lock()
+        self._attempt: _Attempt | None = None
+        self.next_id = next_id
+        self._covered = 0
+        self._next_ino = 0
+        self.orphans: set[BlobRef] = set()
+        self.removed: set[BlobRef] = set()
+        self.stored_blobs = 0
+        self.last_error: StoreError | SecondWriter | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is anything that the newest generation does not hold."""
+        unpublished = self._fs.active or self._fs.frozen is not None
+        return bool(unpublished or self.orphans or self.removed)
+
+    @property
+    def stored_now(self) -> int:
+        """Blobs of the attempt under way that are stored already."""
+        return len(self._attempt.stored) if self._attempt else 0
+
+    async def publish(self, progress: Progress = lambda done, total: None) -> None:
+        """Publish all that changed before the call; returns when its anchor is stored.
+
+        Raises StoreError (call again later), SecondWriter.
+        """
+        async with self._lock:
+            try:
+                if self._fs.frozen is not None:
+                    await self._finish(progress)
+                if self.pending:
+                    await self._finish(progress)
+                self.last_error = None
+            except (StoreError, SecondWriter) as error:
+                self.last_error = error
+                raise
+
+    async def _finish(self, progress: Progress) -> None:
+        for _ in range(MAX_COLLISIONS):
+            attempt = self._attempt or await self._begin()
+            try:
+                await self._run(attempt, progress)
+            except KeyExists:
+                self._abandon(attempt)
+                continue
+            assert attempt.done is not None
+            await self._complete(attempt, attempt.done)
+            return
+        raise SecondWriter(
+            "the server has other blobs under this vault's keys",
+            "is the vault mounted elsewhere? Stop it there, then mount again",
+        )
+
+    async def _begin(self) -> _Attempt:
+        removed = frozenset(self.removed)
+        remaining = await gc.remaining(self._volume, removed) if removed else None
+        mark = self._records.mark()
+        if self._fs.frozen is None:
+            self._covered = self._fs.freeze()
+            self._next_ino = self._fs.next_ino
+        frozen = self._fs.frozen
+        assert frozen is not None
+        base = Base(
+            known=self._volume.known,
+            writer=self._writer,
+            redo=self._covered,
+            next_id=self.next_id,
+            next_ino=self._next_ino,
+            now=self._clock(),
+            orphans=sorted(self.orphans),
+            remaining=remaining,
+        )
+        view = View([frozen], self._volume)
+        steps = publish(base, frozen, view.blocks, self._volume, self._volume.sealer)
+        attempt = _Attempt(steps, mark, frozenset(base.orphans), removed)
+        self._attempt = attempt
+        attempt.advance()
+        return attempt
+
+    def _abandon(self, attempt: _Attempt) -> None:
+        stored = {ref for ref in attempt.stored if not ref.id & ANCHOR_BIT}
+        self.orphans |= stored
+        self.next_id = BlobId(max([self.next_id, *(ref.id + 1 for ref in stored)]) + ID_GAP)
+        self._attempt = None
+
+    async def _run(self, attempt: _Attempt, progress: Progress) -> None:
+        while attempt.step is not None:
+            if isinstance(attempt.step, Load):
+                await self._volume.load(attempt.step.missing)
+            else:
+                await self._store(attempt, attempt.step, progress)
+            attempt.advance()
+            await trio.lowlevel.checkpoint()
+
+    async def _store(self, attempt: _Attempt, step: Insert, progress: Progress) -> None:
+        """Store all of a step, in parallel; after a failure nothing more is started."""
+        todo = [sealed for sealed in step.blobs if sealed.ref not in attempt.stored]
+        todo.reverse()
+        total, failures = len(step.blobs), list[Exception]()
+
+        async def work() -> None:
+            while todo and not failures:
+                sealed = todo.pop()
+                try:
+                    await self._store_one(sealed)
+                except Exception as error:
+                    failures.append(error)
+                    return
+                attempt.stored.add(sealed.ref)
+                progress(total - len(todo), total)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(INSERTS_AT_ONCE, len(todo))):
+                nursery.start_soon(work)
+        if failures:
+            raise next((e for e in failures if isinstance(e, SecondWriter)), failures[0])
+
+    async def _store_one(self, sealed: Sealed) -> None:
+        ref, store = sealed.ref, self._volume.store
+        public = self._volume.keys.signer(ref.id).public
+        try:
+            await store.insert(public, sealed.blob, ref.encode())
+        except KeyExists:
+            # perhaps ours: an earlier try whose reply was lost. Nobody else can make its digest.
+            found = await store.look_up(public)
+            if found is None or hashlib.sha256(found).digest() != ref.digest:
+                if ref.id & ANCHOR_BIT:
+                    raise SecondWriter(
+                        "another client has written to this vault",
+                        "unmount it there; what was written here is kept in the state directory",
+                    ) from None
+                raise
+        self.stored_blobs += 1
+        self._volume.remember(ref, sealed.blob, sealed.node)
+
+    async def _complete(self, attempt: _Attempt, known: Known) -> None:
+        await self._records.save_known(known)
+        self._volume.known = known
+        self.next_id = known.anchor.next_id
+        self.orphans -= attempt.orphans
+        self.removed -= attempt.removed
+        self._fs.published(self._covered)
+        self._attempt = None
+        self._records.settle(attempt.mark)
+        log.info("generation %d published", known.anchor.generation)

@@ -1,0 +1,181 @@
+"""The redo log: what changed since the last published generation, on the local disk.
+
+Files `redo.N`, N counting up; a published anchor says up to which N it covers. A file:
+
+    "HPKVREDO" version(1) number(8) salt(16), then records
+    record: u32 length || ChaCha20-Poly1305(key, nonce = record index, msgpack [effect, ...])
+    key = HMAC-SHA256(redo key, salt || number)
+
+Invariants
+  - one record is one operation: it is there whole or not at all;
+  - a record is appended before its effects are visible, and a `syncer` returns only when
+    every record appended before it was made is on the disk;
+  - a nonce is used once: a file is never written to again after a failed append or a restart.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import hmac
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from hpkvfs.errors import NewerFormat, VaultError
+from hpkvfs.fs.layer import Cut, Effect, Gone, Put, Usage, Write
+
+log = logging.getLogger(__name__)
+
+_MAGIC = b"HPKVREDO"
+_VERSION = 1
+_HEADER = struct.Struct(">8sBQ16s")
+_LENGTH = struct.Struct(">I")
+_EFFECTS: tuple[type[Effect], ...] = (Put, Gone, Cut, Write, Usage)
+_CODE: dict[type[Effect], int] = {kind: code for code, kind in enumerate(_EFFECTS)}
+
+
+class RedoLog:
+    """Append-only, encrypted, in numbered files of one directory."""
+
+    def __init__(self, directory: Path, key: bytes, rng: Callable[[int], bytes]) -> None:
+        self._directory = directory
+        self._key = key
+        self._rng = rng
+        self._fd: int | None = None
+        self._cipher: ChaCha20Poly1305 | None = None
+        self._retired: dict[int, int] = {}
+        self._records = 0
+        self._size = 0
+        self.number = 0
+
+    def replay(self, covered: int) -> Iterator[list[Effect]]:
+        """Every record after the files that a generation covers, in order; then starts anew."""
+        files = [n for n in self._files() if n > covered]
+        for number in files:
+            yield from self._read(number)
+        self.number = max([covered, *files])
+
+    def append(self, effects: Iterable[Effect]) -> None:
+        """Add one operation; OSError (ENOSPC, EIO, ...) and nothing added when it can't."""
+        if self._fd is None:
+            self._open()
+        assert self._cipher is not None and self._fd is not None
+        body = msgpack.packb([(_CODE[type(e)], *e) for e in effects], use_bin_type=True)
+        sealed = self._cipher.encrypt(self._records.to_bytes(12, "big"), body, None)
+        record = _LENGTH.pack(len(sealed)) + sealed
+        try:
+            written = os.write(self._fd, record)
+            if written != len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            self.rotate()
+            raise
+        self._records += 1
+        self._size += len(record)
+
+    def syncer(self) -> Callable[[], None]:
+        """A function that returns when all appended so far is on the disk; a thread may run it."""
+        fds = [os.dup(fd) for fd in (*self._retired.values(), self._fd) if fd is not None]
+
+        def sync() -> None:
+            try:
+                for fd in fds:
+                    os.fdatasync(fd)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+        return sync
+
+    def rotate(self) -> int:
+        """End the current file: what is appended later goes to the next. Its number."""
+        if self._fd is not None:
+            self._retired[self.number] = self._fd
+        self._fd = self._cipher = None
+        return self.number
+
+    def drop(self, covered: int) -> None:
+        """Delete the files that a published generation covers."""
+        for number in [n for n in self._retired if n <= covered]:
+            os.close(self._retired.pop(number))
+        for number in self._files():
+            if number <= covered:
+                self._path(number).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.syncer()()
+        self.rotate()
+        while self._retired:
+            os.close(self._retired.popitem()[1])
+
+    def _open(self) -> None:
+        self.number += 1
+        salt = self._rng(16)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._fd = os.open(self._path(self.number), flags, 0o600)
+        header = _HEADER.pack(_MAGIC, _VERSION, self.number, salt)
+        try:
+            os.write(self._fd, header)
+            _sync_directory(self._directory)
+        except OSError:
+            self.rotate()
+            raise
+        self._cipher = self._cipher_of(header)
+        self._records, self._size = 0, len(header)
+
+    def _cipher_of(self, header: bytes) -> ChaCha20Poly1305:
+        return ChaCha20Poly1305(hmac.digest(self._key, header, hashlib.sha256))
+
+    def _read(self, number: int) -> Iterator[list[Effect]]:
+        raw = self._path(number).read_bytes()
+        if len(raw) < _HEADER.size:
+            return
+        magic, version, found, _ = _HEADER.unpack_from(raw)
+        if magic != _MAGIC or found != number:
+            raise VaultError(f"redo log {number} is not one of this vault's")
+        if version > _VERSION:
+            raise NewerFormat(f"redo log {number} was written by a newer hpkvfs")
+        cipher = self._cipher_of(raw[: _HEADER.size])
+        at, index = _HEADER.size, 0
+        while at + _LENGTH.size <= len(raw):
+            end = at + _LENGTH.size + _LENGTH.unpack_from(raw, at)[0]
+            try:
+                body = cipher.decrypt(index.to_bytes(12, "big"), raw[at + _LENGTH.size : end], None)
+            except InvalidTag:
+                if end < len(raw):
+                    log.warning("redo log %d ends early, at record %d", number, index)
+                return
+            yield [_effect(form) for form in msgpack.unpackb(body, raw=False)]
+            at, index = end, index + 1
+
+    def _files(self) -> list[int]:
+        names = (p.name.removeprefix("redo.") for p in self._directory.glob("redo.*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"redo.{number}"
+
+
+def _effect(form: list[Any]) -> Effect:
+    code, *fields = form
+    kind: Any = _EFFECTS[code]
+    effect: Effect = kind(*fields)
+    return effect
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

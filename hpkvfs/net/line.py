@@ -1,0 +1,67 @@
+"""Asking until there is an answer.
+
+The same frame is sent again, each time on a new connection, until a reply comes or patience
+ends: the server recognises a request it has performed and answers as it did then. Pauses double
+and are drawn at random, so that many clients do not come back together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from hpkvfs.errors import Misbehaviour
+from hpkvfs.net.transport import EXCHANGE_SECONDS, Dialer, NoReply, exchange
+from hpkvfs.protocol.errors import Malformed
+from hpkvfs.protocol.messages import Reason, Refused, Reply, decode_reply
+
+FIRST_PAUSE: Final = 0.1
+LONGEST_PAUSE: Final = 5.0
+_NOT_NOW: Final = (Reason.BUSY, Reason.INTERNAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A way to one server, and how long to try: `patience` seconds for each request."""
+
+    dialer: Dialer
+    rng: Callable[[int], bytes]
+    patience: float = 20.0
+
+    async def ask(self, frame: bytes) -> Reply:
+        """The reply to a request's frame; it is none that says to come again.
+
+        NoReply when patience ends, Misbehaviour for bytes that are no reply.
+        """
+        end = trio.current_time() + self.patience
+        sent, pause = False, FIRST_PAUSE
+        while True:
+            try:
+                return await self._once(frame, end - trio.current_time())
+            except NoReply as failure:
+                sent = sent or failure.sent
+                pause = min(2 * pause, LONGEST_PAUSE)
+                wait = pause * self._fraction()
+                if trio.current_time() + wait >= end:
+                    raise NoReply(failure.message, failure.hint, sent=sent) from failure
+                await trio.sleep(wait)
+
+    async def _once(self, frame: bytes, seconds: float) -> Reply:
+        answer = await exchange(self.dialer, frame, min(seconds, EXCHANGE_SECONDS))
+        try:
+            reply = decode_reply(answer)
+        except Malformed as error:
+            raise Misbehaviour(
+                f"the server's answer cannot be read: {error}",
+                "nothing is lost; is it a server for hpkvfs?",
+            ) from error
+        if isinstance(reply, Refused) and reply.reason in _NOT_NOW:
+            raise NoReply("the server is too busy to answer", "try again later", sent=True)
+        return reply
+
+    def _fraction(self) -> float:
+        """Uniform in [1/2, 1)."""
+        return 0.5 + int.from_bytes(self.rng(4), "big") / 2**33

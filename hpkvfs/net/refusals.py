@@ -1,0 +1,50 @@
+"""What a server's refusal means to whoever asked."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hpkvfs.errors import KeyAbsent, KeyExists, Refusal, UserError
+from hpkvfs.protocol.messages import Reason
+
+
+class UnknownEpoch(Refusal):
+    """The server does not use the epoch of these credentials."""
+
+
+class BadVoucher(UserError, Refusal):
+    """A voucher that buys nothing."""
+
+
+_BUG: Final = "it may be older or newer than this program, or one of them has a bug"
+_WHY: Final[dict[Reason, tuple[type[Refusal], str, str]]] = {
+    Reason.KEY_EXISTS: (KeyExists, "the key is taken already", ""),
+    Reason.KEY_ABSENT: (KeyAbsent, "there is nothing under the key", ""),
+    Reason.DIGEST_MISMATCH: (KeyAbsent, "there is another blob under the key", ""),
+    Reason.UNKNOWN_EPOCH: (
+        UnknownEpoch,
+        "the server does not accept these tokens",
+        "they are of an epoch that ended, or of another server",
+    ),
+    Reason.UNKNOWN_VOUCHER: (
+        BadVoucher,
+        "the server does not know this voucher",
+        "compare it with what its operator gave you",
+    ),
+    Reason.VOUCHER_SPENT: (BadVoucher, "this voucher has been redeemed already", ""),
+    Reason.VOUCHER_AMOUNT: (
+        BadVoucher,
+        "this voucher is for another amount",
+        "copy it whole, as the operator gave it",
+    ),
+    Reason.FULL: (Refusal, "the server has no room left", "try again later, or ask its operator"),
+    Reason.BAD_PROOF: (Refusal, "the server refused a proof of ours", _BUG),
+    Reason.BAD_SIGNATURE: (Refusal, "the server refused a signature of ours", _BUG),
+    Reason.MALFORMED: (Refusal, "the server could not read our request", _BUG),
+}
+
+
+def refusal(reason: Reason) -> Refusal:
+    """The error to raise for a reason."""
+    kind, message, hint = _WHY.get(reason, (Refusal, "the server refused", _BUG))
+    return kind(message, hint)

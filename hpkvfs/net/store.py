@@ -1,0 +1,190 @@
+"""Blobs on a server, each call paid: types.BlobStore, and what its owner does with the wallet.
+
+At most `max_in_flight` calls are under way at a time; the rest wait their turn. A call that is
+cut short (by cancellation, by a server that does not answer, by a crash) leaves a pending, which
+`run` or `recover` settles; net/teller.py says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+import trio
+
+from hpkvfs.errors import StoreError, Unreachable, UserError
+from hpkvfs.net.line import Line
+from hpkvfs.net.refusals import UnknownEpoch
+from hpkvfs.net.teller import Order, Teller
+from hpkvfs.net.transport import Dialer
+from hpkvfs.protocol.epoch import EpochParameters
+from hpkvfs.protocol.messages import (
+    CredentialedRequest,
+    DeleteRequest,
+    InsertRequest,
+    IssueRequest,
+    LookUpRequest,
+)
+from hpkvfs.protocol.tariff import Operation
+from hpkvfs.protocol.voucher import Voucher
+from hpkvfs.types import Signer
+from hpkvfs.wallet.journal import Journal, Receipt
+from hpkvfs.wallet.wallet import Balance, Conservation
+
+MAX_IN_FLIGHT: Final = 16
+PATIENCE_SECONDS: Final = 20.0
+_FIRST_PAUSE: Final = 1.0
+_LONGEST_PAUSE: Final = 60.0
+
+
+class RemoteStore:
+    """A server and the wallet that pays it.
+
+    Every call may raise Unreachable after `patience` seconds (it may have been performed, or
+    may yet be), EmptyWallet, a Refusal (nothing was spent), Misbehaviour, and VaultError when
+    the journal cannot be written. Repeating an insert or delete that was cut short is free and
+    safe: if it was performed after all, its memo has a receipt, and the call returns at once.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        dialer: Dialer,
+        rng: Callable[[int], bytes],
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
+        """The journal stays the caller's to close, after the last call. VaultError if damaged."""
+        line = Line(dialer, rng, patience)
+        self._journal = journal
+        self._teller = Teller(journal, line, rng, pool_size=2 * max_in_flight)
+        self._pool_size = 2 * max_in_flight
+        self._slots = trio.Semaphore(max_in_flight)
+
+    # types.BlobStore
+
+    async def insert(self, key: bytes, blob: bytes, memo: bytes) -> None:
+        """See types.BlobStore.insert."""
+        order = Order(Operation.INSERT, lambda epoch: InsertRequest(epoch, key, blob), memo=memo)
+        async with self._slots:
+            await self._once(order)
+
+    async def look_up(self, key: bytes) -> bytes | None:
+        """See types.BlobStore.look_up."""
+        order = Order(Operation.LOOK_UP, lambda epoch: LookUpRequest(epoch, key))
+        async with self._slots:
+            return (await self._teller.pay(order)).value
+
+    async def delete(self, signer: Signer, digest: bytes, memo: bytes) -> None:
+        """See types.BlobStore.delete."""
+        key = signer.public
+
+        def sign(request: CredentialedRequest, credentials: bytes) -> CredentialedRequest:
+            unsigned = DeleteRequest(request.epoch, key, digest, credentials=credentials)
+            return replace(unsigned, signature=signer.sign(unsigned.signed))
+
+        order = Order(Operation.DELETE, lambda epoch: DeleteRequest(epoch, key, digest), sign, memo)
+        async with self._slots:
+            await self._once(order)
+
+    async def _once(self, order: Order) -> None:
+        """Perform what has a memo, unless that has been done."""
+        if order.memo:
+            await self._resolve_like(order.operation, order.memo)
+            if self._journal.has_receipt(order.operation, order.memo):
+                return
+        await self._teller.pay(order)
+
+    async def _resolve_like(self, operation: Operation, memo: bytes) -> bool:
+        """Resolve an earlier call of the same operation and memo; whether there was one."""
+        pending = self._teller.find(operation, memo)
+        if pending is not None:
+            await self._teller.resolve(pending)
+        return pending is not None
+
+    # The wallet
+
+    async def redeem(self, text: str) -> int:
+        """Exchange a voucher for credentials; its amount. UserError if it buys nothing.
+
+        When that was cut short, also by a crash, calling it again completes it.
+        """
+        try:
+            voucher = Voucher.parse(text)
+        except ValueError as error:
+            raise UserError(str(error), "copy it whole, as the operator gave it") from error
+        async with self._slots:
+            if not await self._resolve_like(Operation.ISSUE, voucher.digest):
+                await self._buy(voucher)
+        return voucher.amount
+
+    async def _buy(self, voucher: Voucher) -> None:
+        def make(epoch: bytes) -> CredentialedRequest:
+            return IssueRequest(epoch, voucher.secret, voucher.amount)
+
+        try:
+            await self._teller.buy(make, voucher.amount, voucher.digest)
+        except UnknownEpoch:
+            await self._teller.refresh()
+            await self._teller.buy(make, voucher.amount, voucher.digest)
+
+    async def prime(self) -> None:
+        """Have credentials enough for `max_in_flight` calls at a time; free."""
+        epoch = await self.parameters()
+        while self._teller.wallet.size < self._pool_size:
+            async with self._slots:
+                await self._teller.grow(epoch)
+
+    async def parameters(self) -> EpochParameters:
+        """The newest epoch: number, tariff, issuer. Asked for once; Misbehaviour if it changed."""
+        return await self._teller.newest()
+
+    @property
+    def balance(self) -> Balance:
+        """Tokens that can be spent, and tokens whose request is not settled."""
+        return self._teller.wallet.balance
+
+    @property
+    def conservation(self) -> Conservation:
+        """bought + refunded against held + pending + spent; `holds`, or there is a bug."""
+        return self._teller.wallet.conservation
+
+    # What was left pending
+
+    async def recover(self) -> list[Receipt]:
+        """Resolve what an earlier run left pending; then all receipts, oldest first."""
+        await self.resolve_pending()
+        return self._journal.receipts
+
+    def forget_receipts(self, up_to: int) -> None:
+        """A published anchor has what the receipts with seq <= up_to tell."""
+        self._journal.forget_receipts(up_to)
+
+    async def resolve_pending(self) -> None:
+        """Settle each request that was cut short; Unreachable at once, other failures last."""
+        self._teller.unstick()
+        failures: list[StoreError] = []
+        async with self._slots:
+            while stranded := self._teller.stranded():
+                try:
+                    await self._teller.resolve(stranded[0])
+                except Unreachable:
+                    raise
+                except StoreError as failure:  # it is stuck now: the next round is for others
+                    failures.append(failure)
+        if failures:
+            raise failures[0]
+
+    async def run(self) -> None:
+        """Resolve in the background what is cut short; until cancelled."""
+        pause = _FIRST_PAUSE
+        while True:
+            await self._teller.any_stranded()
+            try:
+                await self.resolve_pending()
+                pause = _FIRST_PAUSE
+            except StoreError:
+                await trio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)

@@ -1,0 +1,405 @@
+"""Paid requests: wallet, journal and line made into one cycle.
+
+    select two credentials -> prove -> journal -> ask until answered -> check -> settle
+
+Invariants:
+  - no byte of a request leaves before the journal has its inputs and the secrets to use its
+    answer; what left is settled only by an answer with the issuer's proof in it;
+  - a request that was refused, or never answered, is *resolved* before its inputs are used
+    again: a reissue of the same inputs is asked for, which is free. The server performs one of
+    the two, ever, and the answer to the reissue tells which, with the credentials that belong
+    to it. So no token is lost, it becomes known whether the operation happened, and no two
+    operations ever show the same serials, which would betray that one client made both;
+  - everything runs on one trio thread, and the wallet changes only between two awaits.
+
+Proofs run inline on that thread: libsecp256k1 releases the interpreter lock but the Python
+between its calls does not, so a second thread would mostly wait. `_prove` is the one place
+where a process could take over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
+
+import trio
+
+from hpkvfs.errors import EmptyWallet, Misbehaviour, Refusal, StoreError, Unreachable
+from hpkvfs.net.epochs import KnownEpochs
+from hpkvfs.net.line import Line
+from hpkvfs.net.refusals import UnknownEpoch, refusal
+from hpkvfs.net.transport import NoReply
+from hpkvfs.protocol import codec
+from hpkvfs.protocol.credential import Draft, prepare
+from hpkvfs.protocol.epoch import EpochParameters
+from hpkvfs.protocol.errors import ProtocolError
+from hpkvfs.protocol.messages import (
+    CredentialedRequest,
+    Done,
+    Fact,
+    Parameters,
+    ParametersRequest,
+    Refused,
+    ReissueRequest,
+    Spent,
+)
+from hpkvfs.protocol.tariff import Operation
+from hpkvfs.wallet.journal import Journal
+from hpkvfs.wallet.wallet import Attempt, Held, Pending, Selection, Wallet, split
+
+Make: TypeAlias = Callable[[bytes], CredentialedRequest]
+Complete: TypeAlias = Callable[[CredentialedRequest, bytes], CredentialedRequest]
+
+
+def _complete(request: CredentialedRequest, credentials: bytes) -> CredentialedRequest:
+    return replace(request, credentials=credentials)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to ask for: `make` a request of an epoch, `complete` it with its credentials."""
+
+    operation: Operation
+    make: Make
+    complete: Complete = _complete
+    memo: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Which attempt was performed, and the blob if it was a look-up that found one."""
+
+    attempt: Attempt
+    value: bytes | None = None
+
+
+class Teller:
+    """Pays for requests out of one wallet; the number of calls at a time is its caller's."""
+
+    def __init__(
+        self, journal: Journal, line: Line, rng: Callable[[int], bytes], pool_size: int
+    ) -> None:
+        """`pool_size`: how many credentials to have when many calls want some at once."""
+        self.wallet: Final[Wallet] = journal.load()
+        self._journal = journal
+        self._line = line
+        self._rng = rng
+        self._pool_size = pool_size
+        self._epochs = KnownEpochs(journal)
+        self._fetching = trio.Lock()
+        self._driven: set[int] = set()
+        self._stuck: set[int] = set()
+        self._changed = trio.Event()
+        self._stranding = trio.Event()
+
+    # Epochs.
+
+    async def newest(self) -> EpochParameters:
+        """The epoch that the server issues in; asked for when first needed."""
+        if not self._epochs.live:
+            async with self._fetching:
+                if not self._epochs.live:
+                    await self.refresh()
+        return self._epochs.live[-1]
+
+    async def refresh(self) -> None:
+        """Ask which epochs there are; Misbehaviour if they are not what was pinned."""
+        reply = await self._fetch(None)
+        newest = self._epochs.accept(reply.parameters)
+        self._epochs.set_live((*reply.digests, newest.digest))
+
+    async def _find_epoch(self, digest: bytes) -> EpochParameters:
+        known = self._epochs.find(digest)
+        if known is None:
+            known = self._epochs.accept((await self._fetch(digest)).parameters)
+        if known.digest != digest:
+            raise Misbehaviour("the server answered with another epoch than was asked for")
+        return known
+
+    async def _fetch(self, digest: bytes | None) -> Parameters:
+        reply = await self._line.ask(ParametersRequest(digest).encode())
+        if isinstance(reply, Refused):
+            raise refusal(reply.reason)
+        if not isinstance(reply, Parameters):
+            raise _out_of_place()
+        return reply
+
+    async def _paying_epoch(self, operation: Operation) -> EpochParameters:
+        """The oldest epoch with tokens enough, since that one ends first; else the newest."""
+        newest = await self.newest()
+        for epoch in self._epochs.live[:-1]:
+            if self.wallet.worth(epoch.digest) >= max(1, -epoch.tariff.delta(operation)):
+                return epoch
+        return newest
+
+    # Paying.
+
+    async def pay(self, order: Order) -> Answer:
+        """Perform an operation that takes two credentials, whatever that takes.
+
+        EmptyWallet, a Refusal (nothing was spent), Misbehaviour, Unreachable (it is pending
+        unless `sent` is false), VaultError.
+        """
+        try:
+            return await self._pay(order, await self._paying_epoch(order.operation))
+        except UnknownEpoch:
+            await self.refresh()
+            return await self._pay(order, await self._paying_epoch(order.operation))
+
+    async def _pay(self, order: Order, epoch: EpochParameters) -> Answer:
+        selection = await self._select(epoch, epoch.tariff.delta(order.operation))
+        pending, frame = self._begin(epoch, selection, order)
+        try:
+            return await self._perform(pending, frame)
+        except Refusal:
+            answer = await self._resolved_at_once(pending)
+            if answer is None or answer.attempt is not pending.attempts[0]:
+                raise
+            if order.operation is Operation.LOOK_UP:
+                raise  # it was performed after all, but what it found is not told twice
+            return answer
+
+    async def _select(self, epoch: EpochParameters, delta: int) -> Selection:
+        while True:
+            selection = self.wallet.select(epoch.digest, delta, epoch.tariff.insert)
+            if selection is None:
+                await self._wait_for_more(epoch)
+            elif selection.merges:
+                await self._reissue(epoch, selection)
+            else:
+                return selection
+
+    async def _wait_for_more(self, epoch: EpochParameters) -> None:
+        """Return when there may be other credentials to select from, doing what can be done."""
+        stranded = [one for one in self.stranded() if one.epoch == epoch.digest]
+        if stranded:
+            await self.resolve(stranded[0])
+        elif not self._driven:
+            raise EmptyWallet(
+                "the wallet's tokens are in requests that cannot be settled",
+                "run again when the server has recovered, or redeem a voucher",
+            )
+        elif self.wallet.size < self._pool_size:
+            await self.grow(epoch)
+        else:
+            await self._changed.wait()
+
+    async def _reissue(self, epoch: EpochParameters, selection: Selection) -> None:
+        order = Order(Operation.REISSUE, lambda digest: ReissueRequest(digest, 2))
+        await self._perform(*self._begin(epoch, selection, order))
+
+    async def grow(self, epoch: EpochParameters) -> None:
+        """Two more credentials, of no value, for free. Nothing is at stake, so no journal."""
+        request, attempt = self._prove(epoch, ReissueRequest(epoch.digest, 0), (), (0, 0))
+        pending = self.wallet.begin(epoch.digest, (), attempt)
+        with self._driving(pending):
+            try:
+                await self._answer(pending, request.encode())
+            finally:
+                self._abandon(pending)
+
+    # Buying.
+
+    async def buy(self, make: Make, amount: int, memo: bytes) -> None:
+        """Exchange what `make` pays with for credentials; a Refusal leaves nothing behind."""
+        epoch = await self.newest()
+        amounts = split(amount, epoch.tariff.insert)
+        request, attempt = self._prove(epoch, make(epoch.digest), (), amounts)
+        attempt = replace(attempt, body=request.body())
+        pending = self.wallet.begin(epoch.digest, (), attempt, memo)
+        await self._perform(pending, request.encode())
+
+    # Resolving.
+
+    def stranded(self) -> list[Pending]:
+        """Pendings that nobody drives and that are not stuck, oldest first."""
+        return [one for one in self._undriven() if one.number not in self._stuck]
+
+    def find(self, operation: Operation, memo: bytes) -> Pending | None:
+        """The pending, stuck or not, that was begun for this and that nobody drives."""
+        for one in self._undriven():
+            if one.memo == memo and one.attempts[0].operation is operation:
+                return one
+        return None
+
+    def _undriven(self) -> list[Pending]:
+        if len(self.wallet.pending) == len(self._driven):
+            return []
+        return [one for one in self.wallet.pending.values() if one.number not in self._driven]
+
+    def unstick(self) -> None:
+        """Let stuck pendings be tried once more."""
+        self._stuck.clear()
+
+    async def any_stranded(self) -> None:
+        """Return when there is something to resolve."""
+        while not self.stranded():
+            await self._stranding.wait()
+
+    async def resolve(self, pending: Pending) -> Answer:
+        """Settle a stranded pending: find out which of its attempts was performed.
+
+        Unreachable leaves it stranded; any other error leaves it stuck until `unstick`.
+        """
+        pending = self.wallet.pending[pending.number]
+        try:
+            if pending.inputs and len(pending.attempts) == 1:
+                return await self._resolve_by_reissue(pending)
+            return await self._repeat(pending)
+        except Unreachable:
+            raise
+        except StoreError:
+            self._stuck.add(pending.number)
+            raise
+
+    async def _repeat(self, pending: Pending) -> Answer:
+        with self._driving(pending):
+            await self._journal.flush()
+            try:
+                return await self._answer(pending, codec.REQUEST.wrap(pending.attempts[-1].body))
+            except Refusal:
+                if not pending.inputs:
+                    self._release(pending)
+                raise
+
+    async def _resolve_by_reissue(self, pending: Pending) -> Answer:
+        with self._driving(pending):
+            epoch = await self._find_epoch(pending.epoch)
+            amounts = split(pending.amount, epoch.tariff.insert)
+            request, attempt = self._prove(
+                epoch, ReissueRequest(epoch.digest, 2), pending.inputs, amounts
+            )
+            attempt = replace(attempt, body=request.body())
+            pending = self.wallet.retry(pending, attempt)
+            await self._journal.begin(pending)
+            return await self._answer(pending, request.encode())
+
+    async def _resolved_at_once(self, pending: Pending) -> Answer | None:
+        """Resolve what was refused; None if that fails, which leaves it to be done later."""
+        try:
+            return await self.resolve(pending)
+        except StoreError:
+            return None
+
+    # One request.
+
+    def _begin(
+        self, epoch: EpochParameters, selection: Selection, order: Order
+    ) -> tuple[Pending, bytes]:
+        """The pending of an order and its frame; the journal does not have it yet."""
+        request = order.make(epoch.digest)
+        try:
+            request, attempt = self._prove(
+                epoch, request, selection.inputs, selection.amounts, order.complete
+            )
+        except BaseException:
+            self.wallet.put_back(selection)
+            raise
+        pending = self.wallet.begin(epoch.digest, selection.inputs, attempt, order.memo)
+        return pending, request.encode()
+
+    def _prove(
+        self,
+        epoch: EpochParameters,
+        request: CredentialedRequest,
+        inputs: tuple[Held, ...],
+        amounts: tuple[int, int],
+        complete: Complete = _complete,
+    ) -> tuple[CredentialedRequest, Attempt]:
+        statement = request.statement(epoch.tariff)
+        presented = [held.credential for held in inputs]
+        draft = prepare(epoch.issuer, statement, presented, amounts, self._rng)
+        request = complete(request, draft.request)
+        secrets = draft.encode()
+        return request, Attempt(statement.operation, statement.delta, request.fingerprint, secrets)
+
+    async def _perform(self, pending: Pending, frame: bytes) -> Answer:
+        """Journal, ask, settle. A refusal of what has no inputs undoes it."""
+        with self._driving(pending):
+            try:
+                await self._journal.begin(pending)
+            except BaseException:
+                self._release(pending)
+                raise
+            try:
+                return await self._answer(pending, frame)
+            except NoReply as failure:
+                if not failure.sent:
+                    self._release(pending)
+                raise
+            except Refusal:
+                if not pending.inputs:
+                    self._release(pending)
+                raise
+
+    async def _answer(self, pending: Pending, frame: bytes) -> Answer:
+        """Ask, and settle by whatever the answer proves; it may prove an earlier attempt."""
+        reply = await self._line.ask(frame)
+        match reply:
+            case Done(fact, issued, value):
+                attempt = pending.attempts[-1]
+            case Spent():
+                attempt, fact, issued = _own(pending, reply)
+                value = None
+            case Refused(reason):
+                raise refusal(reason)
+            case _:
+                raise _out_of_place()
+        await self._settle(pending, attempt, fact, issued)
+        return Answer(attempt, value)
+
+    async def _settle(self, pending: Pending, attempt: Attempt, fact: Fact, issued: bytes) -> None:
+        if (fact.operation, fact.delta) != (attempt.operation, attempt.delta):
+            raise Misbehaviour("the server charged for something else than was asked for")
+        epoch = self._epochs.find(pending.epoch) or await self._find_epoch(pending.epoch)
+        try:
+            outputs = Draft.decode(attempt.secrets).finish(epoch.issuer, issued)
+        except ProtocolError as error:
+            raise Misbehaviour(f"the server's credentials are worthless: {error}") from error
+        settled = self.wallet.settle(pending, attempt, outputs)
+        self._journal.settle(settled, self.wallet.book)
+
+    def _release(self, pending: Pending) -> None:
+        self.wallet.release(pending)
+        self._journal.release(pending)
+
+    def _abandon(self, pending: Pending) -> None:
+        if pending.number in self.wallet.pending:
+            self.wallet.release(pending)
+
+    @contextmanager
+    def _driving(self, pending: Pending) -> Iterator[None]:
+        """The pending is being dealt with; afterwards whoever waits for a change looks again."""
+        self._driven.add(pending.number)
+        try:
+            yield
+        finally:
+            self._driven.discard(pending.number)
+            self._changed.set()
+            self._changed = trio.Event()
+            if pending.number in self.wallet.pending:
+                self._stranding.set()
+                self._stranding = trio.Event()
+            if not self._driven:
+                self._journal.nudge()
+
+
+def _own(pending: Pending, reply: Spent) -> tuple[Attempt, Fact, bytes]:
+    """The attempt that a server says spent the inputs, and what it kept of it."""
+    for stored in reply.facts:
+        attempt = pending.attempt(stored.fingerprint)
+        if attempt is not None:
+            return attempt, stored.fact, stored.issued
+    raise Misbehaviour(
+        "tokens of this wallet were spent by a request that is not in its journal",
+        "was the state directory copied or restored? recover the vault from its words",
+    )
+
+
+def _out_of_place() -> Misbehaviour:
+    return Misbehaviour(
+        "the server answered something else than it was asked",
+        "nothing is lost; is it a server for hpkvfs?",
+    )

@@ -1,0 +1,608 @@
+"""Anonymous credentials with an amount: WabiSabi (eprint 2021/206) with one joint proof.
+
+    client   prepare() -> Draft          request ->
+    issuer                               parse(), Issuer.verify(), Issuer.issue()
+    client   Draft.finish()              <- reply: two credentials
+
+A request presents two credentials (or none) and asks for two, whose amounts satisfy
+sum(presented) + delta = sum(requested) as integers. docs/credentials.md has every byte.
+
+Invariants. The issuer computes a statement from the operation; nothing in it comes from the
+client's word. Issuance nonces are a function of all that their challenge covers, so the same
+nonce never meets two challenges. A client never shows one credential in two requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, TypeVar
+
+from hpkvfs.protocol import digits
+from hpkvfs.protocol.digits import AMOUNT_LIMIT, DigitKey, DigitTable
+from hpkvfs.protocol.errors import BadIssuance, BadProof, Malformed
+from hpkvfs.protocol.group import (
+    GA,
+    GS,
+    GV,
+    GW,
+    GWP,
+    GX0,
+    GX1,
+    ORDER,
+    POINT_SIZE,
+    SCALAR_SIZE,
+    FixedBase,
+    Infinity,
+    Point,
+    Rng,
+    add,
+    decode_nonzero,
+    decode_points,
+    decode_scalar,
+    encode_points,
+    encode_scalar,
+    from_scalar,
+    multiexp,
+    multiexp_secret,
+    multiply_secret,
+    random_scalar,
+    split,
+    wide_scalar,
+)
+from hpkvfs.protocol.proofs import (
+    ISSUANCE_LENGTH,
+    SHOW_LENGTH,
+    Issued,
+    Row,
+    Shown,
+    Vector,
+    attribute_row,
+    commit,
+    commit_secret,
+    issuance_rows,
+    recompute,
+    respond,
+    show_images,
+    show_rows,
+)
+from hpkvfs.protocol.tariff import Operation
+from hpkvfs.protocol.transcript import Transcript
+
+__all__ = [
+    "AMOUNT_LIMIT",
+    "Credential",
+    "CredentialRequest",
+    "Draft",
+    "Issuer",
+    "IssuerParameters",
+    "Statement",
+    "parse",
+    "prepare",
+    "request_size",
+]
+
+T = TypeVar("T")
+
+REQUESTED: Final = 2
+DELTA_LIMIT: Final = 2**62
+CREDENTIAL_SIZE: Final = 4 + 2 * SCALAR_SIZE + POINT_SIZE
+PARAMETERS_SIZE: Final = 2 * POINT_SIZE + digits.TABLE_SIZE
+REPLY_SIZE: Final = REQUESTED * (SCALAR_SIZE + POINT_SIZE) + (1 + ISSUANCE_LENGTH) * SCALAR_SIZE
+
+_SHOWN: Final = len(Shown._fields)
+_REQUESTED_POINTS: Final = 1 + digits.POINTS
+_REQUESTED_LENGTH: Final = 1 + digits.LENGTH
+_AMOUNT: Final = 3  # the column of a in a show's vector
+_PRESENTED: Final = {
+    Operation.ISSUE: (0,),
+    Operation.REISSUE: (0, 2),
+    Operation.LOOK_UP: (2,),
+    Operation.INSERT: (2,),
+    Operation.DELETE: (2,),
+}
+_ISSUER_SIZE: Final = 7 * SCALAR_SIZE
+_CREDENTIAL: Final = struct.Struct(">I32s32s33s")
+_DRAFT: Final = struct.Struct(">32sI32sI32s")
+
+
+def request_size(presented: int) -> int:
+    """Bytes of a credential request: 1,556 presenting two, 906 presenting none."""
+    points = presented * _SHOWN + REQUESTED * _REQUESTED_POINTS
+    responses = presented * SHOW_LENGTH + REQUESTED * _REQUESTED_LENGTH - 1
+    return points * POINT_SIZE + (1 + responses) * SCALAR_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a request is about, to which its proof is bound.
+
+    `epoch`: 32-byte digest of the epoch's parameters. `context`: what the operation concerns
+    (storage key, blob's digest...). `delta`: tokens added to what is presented, |delta| < 2^62;
+    the issuer takes it from the tariff. Malformed if these do not hold.
+    """
+
+    epoch: bytes
+    operation: Operation
+    context: bytes
+    delta: int
+
+    def __post_init__(self) -> None:
+        if len(self.epoch) != 32:
+            raise Malformed(f"an epoch's digest has 32 bytes, not {len(self.epoch)}")
+        if abs(self.delta) >= DELTA_LIMIT:
+            raise Malformed(f"a delta of {self.delta} is out of range")
+
+    def admits(self, presented: int) -> bool:
+        """Whether the operation may present so many credentials; all but two is exceptional."""
+        return presented in _PRESENTED.get(self.operation, ())
+
+    def transcript(self, domain: str) -> Transcript:
+        """A transcript that covers the statement."""
+        transcript = Transcript(domain)
+        transcript.append("epoch", self.epoch)
+        transcript.append("operation", bytes([self.operation]))
+        transcript.append("context", self.context)
+        transcript.append("delta", self.delta.to_bytes(8, "big", signed=True))
+        return transcript
+
+    def binding(self, presented: int, request: bytes) -> bytes:
+        """32 bytes that name this request about this statement; a reply answers exactly one."""
+        transcript = self.transcript("hpkv/binding/v1")
+        transcript.append("presented", bytes([presented]))
+        transcript.append("request", request)
+        return transcript.digest()[:32]
+
+
+class IssuerParameters:
+    """The public half of an issuer's key; immutable.
+
+    Cw and I commit to the MAC key, the table is the range proof's.
+    """
+
+    __slots__ = ("cw", "digest", "encoded", "gv_i", "i", "table")
+
+    def __init__(self, cw: Point, i: Point, table: DigitTable) -> None:
+        """Infinity if I = GV, which no honest issuer has."""
+        self.cw: Final = cw
+        self.i: Final = FixedBase(i)
+        self.gv_i: Final = add(GV.point, -i)
+        self.table: Final = table
+        self.encoded: Final = cw.encode() + i.encode() + table.encoded
+        """PARAMETERS_SIZE bytes: Cw, I, table."""
+        transcript = Transcript("hpkv/issuer/v1")
+        transcript.append("parameters", self.encoded)
+        self.digest: Final = transcript.digest()[:32]
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> IssuerParameters:
+        """Inverse of `encoded`; Malformed if it is none. Does not check the table's proof."""
+        if len(encoded) != PARAMETERS_SIZE:
+            raise Malformed(f"issuer parameters have {PARAMETERS_SIZE} bytes, not {len(encoded)}")
+        points = 2 * POINT_SIZE
+        cw, i = decode_points(encoded[:points])
+        try:
+            return cls(cw, i, DigitTable.decode(encoded[points:]))
+        except Infinity as error:
+            raise Malformed("issuer parameters are degenerate") from error
+
+    def verify(self) -> None:
+        """Check the digit table; BadIssuance if it would betray digits. Cached."""
+        self.table.verify()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IssuerParameters) and self.encoded == other.encoded
+
+    def __hash__(self) -> int:
+        return hash(self.encoded)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Credential:
+    """An amount that an issuer's MAC (t, V) vouches for; 0 is an amount like any other.
+
+    All of it is secret: whoever knows r can spend it, whoever knows t or V can link it.
+    """
+
+    amount: int
+    r: int
+    t: int
+    V: Point
+
+    def encode(self) -> bytes:
+        """101 bytes: u32 amount, r, t, V."""
+        r, t = encode_scalar(self.r), encode_scalar(self.t)
+        return _CREDENTIAL.pack(self.amount, r, t, self.V.encode())
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Credential:
+        """Inverse of encode; Malformed for anything else."""
+        if len(encoded) != CREDENTIAL_SIZE:
+            raise Malformed(f"a credential has {CREDENTIAL_SIZE} bytes, not {len(encoded)}")
+        amount, r, t, v = _CREDENTIAL.unpack(encoded)
+        return cls(amount, decode_nonzero(r), decode_nonzero(t), Point.decode(v))
+
+
+class Requested(NamedTuple):
+    """What of a requested credential the issuer sees: M and the range proof's points."""
+
+    m: Point
+    digits: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialRequest:
+    """A request as the issuer decoded it; nothing in it is proven yet."""
+
+    encoded: bytes
+    shown: tuple[Shown, ...]
+    requested: tuple[Requested, ...]
+    challenge: int
+    responses: Vector
+
+    @property
+    def points(self) -> bytes:
+        """The encoding of all points: the part that the transcript covers."""
+        return self.encoded[: _points_size(len(self.shown))]
+
+    @property
+    def serials(self) -> tuple[bytes, ...]:
+        """33 bytes for each credential presented: what makes a second spending visible."""
+        return tuple(shown.serial.encode() for shown in self.shown)
+
+
+def _points_size(presented: int) -> int:
+    return (presented * _SHOWN + REQUESTED * _REQUESTED_POINTS) * POINT_SIZE
+
+
+def parse(request: bytes, presented: int) -> CredentialRequest:
+    """Decode a request that presents so many credentials (0 or 2).
+
+    Malformed for wrong lengths, points that are none, infinity, scalars that are not reduced,
+    a zero challenge, or one serial presented twice. Proves nothing.
+    """
+    if presented not in (0, 2):
+        raise Malformed(f"a request presents 0 or 2 credentials, not {presented}")
+    if len(request) != request_size(presented):
+        raise Malformed(f"a credential request has {request_size(presented)} bytes here")
+    points = tuple(decode_points(request[: _points_size(presented)]))
+    challenge, *responses = split(request[_points_size(presented) :], SCALAR_SIZE)
+    first = presented * _SHOWN
+    parsed = CredentialRequest(
+        request,
+        tuple(Shown(*group) for group in _groups(points[:first], _SHOWN)),
+        tuple(
+            Requested(group[0], group[1:]) for group in _groups(points[first:], _REQUESTED_POINTS)
+        ),
+        decode_nonzero(challenge),
+        tuple(map(decode_scalar, responses)),
+    )
+    if len(set(parsed.serials)) != presented:
+        raise Malformed("a serial is presented twice")
+    return parsed
+
+
+# The joint statement. Its vector is (z z0 t a r) of each credential shown, followed by
+# (r v_0..v_3 d_0..d_3) of each requested. The last scalar, the units of the last amount, is
+# never sent: the balance determines it.
+
+
+def _groups(items: tuple[T, ...], size: int) -> list[tuple[T, ...]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _sections(presented: int, vector: Vector) -> tuple[list[Vector], list[Vector]]:
+    first = presented * SHOW_LENGTH
+    return _groups(vector[:first], SHOW_LENGTH), _groups(vector[first:], _REQUESTED_LENGTH)
+
+
+def _complete(presented: int, partial: Sequence[int], surplus: int) -> Vector:
+    """Append the scalar for which sum(a presented) + surplus = sum(a requested)."""
+    shows, requests = _sections(presented, (*partial, 0))
+    total = sum(show[_AMOUNT] for show in shows) - sum(digits.value(x[1:]) for x in requests)
+    return (*partial, (total + surplus) % ORDER)
+
+
+def _request_transcript(
+    statement: Statement, parameters: IssuerParameters, presented: int, points: bytes
+) -> Transcript:
+    transcript = statement.transcript("hpkv/request/v1")
+    transcript.append("issuer", parameters.digest)
+    transcript.append("presented", bytes([presented]))
+    transcript.append("points", points)
+    return transcript
+
+
+def _challenge(transcript: Transcript, commitments: Iterable[Point]) -> int:
+    transcript.append("commitments", encode_points(commitments))
+    return transcript.challenge()
+
+
+# Client.
+
+
+def prepare(
+    parameters: IssuerParameters,
+    statement: Statement,
+    presented: Sequence[Credential],
+    amounts: tuple[int, int],
+    rng: Rng,
+) -> Draft:
+    """Prove that `presented` (0 or 2 credentials) pay for two of `amounts`, under `statement`.
+
+    ValueError when the amounts do not balance or are out of range, or when the operation does
+    not allow that many credentials; BadIssuance when the parameters' digit table is false,
+    which is checked on first use (7 ms). The draft must be durable before its request is sent.
+    """
+    _check_balance(statement, presented, amounts)
+    parameters.verify()
+    shows = [_show(credential, rng) for credential in presented]
+    requests = [_request(parameters.table, amount, rng) for amount in amounts]
+    points = b"".join(encode_points(shown) for shown, _ in shows)
+    points += b"".join(encode_points((m, *vs)) for (m, vs), _ in requests)
+    secrets = tuple(x for _, vector in (*shows, *requests) for x in vector)
+
+    transcript = _request_transcript(statement, parameters, len(presented), points)
+    nonces = _nonces(transcript, len(presented), secrets, rng)
+    show_nonces, request_nonces = _sections(len(presented), nonces)
+    rows: list[Row] = []
+    for (shown, _), vector in zip(shows, show_nonces, strict=True):
+        rows += show_rows(parameters.i, shown, vector)
+    for (requested, _), vector in zip(requests, request_nonces, strict=True):
+        rows += _requested_rows(requested, vector)
+    challenge = _challenge(transcript, commit(rows))
+
+    responses = respond(nonces, secrets, challenge)[:-1]
+    request = points + encode_scalar(challenge) + b"".join(map(encode_scalar, responses))
+    wanted = tuple((amount, x[0]) for amount, (_, x) in zip(amounts, requests, strict=True))
+    return Draft(request, statement.binding(len(presented), request), wanted)
+
+
+def _check_balance(
+    statement: Statement, presented: Sequence[Credential], amounts: Sequence[int]
+) -> None:
+    if not statement.admits(len(presented)):
+        raise ValueError(f"{statement.operation.name} does not present {len(presented)}")
+    if len(amounts) != REQUESTED or not all(0 <= amount < AMOUNT_LIMIT for amount in amounts):
+        raise ValueError("a request is for two amounts of 0..2^32-1")
+    if sum(c.amount for c in presented) + statement.delta != sum(amounts):
+        raise ValueError("what is presented and requested does not balance")
+    if len({c.r for c in presented}) != len(presented):
+        raise ValueError("one credential is presented twice")
+
+
+def _show(credential: Credential, rng: Rng) -> tuple[Shown, Vector]:
+    """Blind a credential: what the issuer sees, and the witness (z z0 t a r)."""
+    amount, r, t = credential.amount, credential.r, credential.t
+    z, u = random_scalar(rng), from_scalar(t)
+    shown = Shown(
+        ca=multiexp(((GA, z), *attribute_row(amount, r))),
+        cx0=multiexp(((GX0, z),), u),
+        cx1=multiexp(((GX1, z), (u, t))),
+        cv=multiexp(((GV, z),), credential.V),
+        serial=multiexp(((GS, r),)),
+    )
+    return shown, (z, -t * z % ORDER, t, amount, r)
+
+
+def _request(table: DigitTable, amount: int, rng: Rng) -> tuple[Requested, Vector]:
+    """Commit to an amount: what the issuer sees, and the witness (r v_0..v_3 d_0..d_3)."""
+    r = random_scalar(rng)
+    points, witness = digits.hide(table, amount, rng)
+    return Requested(multiexp(attribute_row(amount, r)), points), (r, *witness)
+
+
+def _requested_rows(requested: Requested, vector: Vector) -> tuple[Row, ...]:
+    row = attribute_row(digits.value(vector[1:]), vector[0])
+    return row, *digits.rows(requested.digits, vector[1:])
+
+
+def _nonces(transcript: Transcript, presented: int, secrets: Vector, rng: Rng) -> Vector:
+    """Fresh nonces, hedged: should the rng repeat itself, statement and secrets still differ."""
+    seed = rng(32) + transcript.digest() + b"".join(map(encode_scalar, secrets))
+    count = len(secrets) - 1
+    stream = hashlib.shake_256(b"hpkv/nonces/v1" + seed).digest(48 * count)
+    return _complete(presented, [wide_scalar(piece) for piece in split(stream, 48)], 0)
+
+
+class Draft:
+    """A request that was made and what is needed to make use of its reply; has no repr."""
+
+    __slots__ = ("_binding", "_wanted", "request")
+
+    def __init__(self, request: bytes, binding: bytes, wanted: Sequence[tuple[int, int]]) -> None:
+        self.request: Final = request
+        """The bytes to send; empty in a draft that was decoded."""
+        self._binding = binding
+        self._wanted = tuple(wanted)
+
+    def encode(self) -> bytes:
+        """104 secret bytes: the binding to the request, then u32 amount and r, twice."""
+        wanted = [part for a, r in self._wanted for part in (a, encode_scalar(r))]
+        return _DRAFT.pack(self._binding, *wanted)
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Draft:
+        """Inverse of encode, but for `request`, which is not in it; Malformed otherwise."""
+        if len(encoded) != _DRAFT.size:
+            raise Malformed(f"a draft has {_DRAFT.size} bytes, not {len(encoded)}")
+        binding, a1, r1, a2, r2 = _DRAFT.unpack(encoded)
+        return cls(b"", binding, ((a1, decode_nonzero(r1)), (a2, decode_nonzero(r2))))
+
+    def finish(self, parameters: IssuerParameters, reply: bytes) -> tuple[Credential, Credential]:
+        """The two credentials of a reply made with these parameters' key.
+
+        Malformed when the reply is not even shaped like one, BadIssuance when its MACs are
+        not made with the key that everybody else's are made with.
+        """
+        macs, challenge, responses = _parse_reply(reply)
+        credentials = [
+            Credential(a, r, *mac) for (a, r), mac in zip(self._wanted, macs, strict=True)
+        ]
+        issued = [
+            Issued(c.t, from_scalar(c.t), multiexp(attribute_row(c.amount, c.r)))
+            for c in credentials
+        ]
+        images = (*(c.V for c in credentials), parameters.gv_i, parameters.cw)
+        try:
+            commitments = recompute(issuance_rows(issued, responses), images, challenge)
+        except Infinity as error:
+            raise BadIssuance("the proof of issuance is degenerate") from error
+        transcript = _issuance_transcript(parameters, self._binding, macs)
+        if _challenge(transcript, commitments) != challenge:
+            raise BadIssuance("the proof of issuance does not hold")
+        first, second = credentials
+        return first, second
+
+
+Mac = tuple[int, Point]
+
+
+def _parse_reply(reply: bytes) -> tuple[list[Mac], int, Vector]:
+    if len(reply) != REPLY_SIZE:
+        raise Malformed(f"a reply has {REPLY_SIZE} bytes, not {len(reply)}")
+    size = SCALAR_SIZE + POINT_SIZE
+    macs = [
+        (decode_nonzero(mac[:SCALAR_SIZE]), Point.decode(mac[SCALAR_SIZE:]))
+        for mac in split(reply[: REQUESTED * size], size)
+    ]
+    if len({t for t, _ in macs}) != REQUESTED:
+        raise Malformed("t is repeated")
+    challenge, *responses = split(reply[REQUESTED * size :], SCALAR_SIZE)
+    return macs, decode_nonzero(challenge), tuple(map(decode_scalar, responses))
+
+
+def _issuance_transcript(
+    parameters: IssuerParameters, binding: bytes, macs: Sequence[Mac]
+) -> Transcript:
+    transcript = Transcript("hpkv/issuance/v1")
+    transcript.append("issuer", parameters.digest)
+    transcript.append("request", binding)
+    transcript.append("macs", _encode_macs(macs))
+    return transcript
+
+
+def _encode_macs(macs: Iterable[Mac]) -> bytes:
+    return b"".join(encode_scalar(t) + v.encode() for t, v in macs)
+
+
+# Issuer.
+
+
+class _MacKey(NamedTuple):
+    w: int
+    wp: int
+    x0: int
+    x1: int
+    ya: int
+
+
+class Issuer:
+    """An epoch's secret key: verifies requests and issues credentials; has no repr."""
+
+    __slots__ = ("_digit_key", "_key", "_prf_key", "_w_gw", "_y", "parameters")
+
+    def __init__(self, key: Sequence[int], y: int, prf_key: bytes) -> None:
+        """Of (w, w', x0, x1, ya) and y, all non-zero, and 32 bytes; see generate()."""
+        self._key = _MacKey(*key)
+        self._y = y
+        self._prf_key = prf_key
+        self._digit_key = DigitKey(y)
+        self._w_gw = multiply_secret(GW, self._key.w)
+        self.parameters: Final = self._publish()
+        """The public half, always the same for the same key."""
+
+    @classmethod
+    def generate(cls, rng: Rng) -> Issuer:
+        """A new key; about 30 ms."""
+        return cls([random_scalar(rng) for _ in _MacKey._fields], random_scalar(rng), rng(32))
+
+    def to_bytes(self) -> bytes:
+        """224 secret bytes: w, w', x0, x1, ya, y, then the key of the PRF."""
+        return b"".join(map(encode_scalar, (*self._key, self._y))) + self._prf_key
+
+    @classmethod
+    def from_bytes(cls, encoded: bytes) -> Issuer:
+        """Inverse of to_bytes; Malformed for wrong lengths and scalars not in 1..n-1."""
+        if len(encoded) != _ISSUER_SIZE:
+            raise Malformed(f"an issuer's key has {_ISSUER_SIZE} bytes, not {len(encoded)}")
+        *scalars, prf_key = split(encoded, SCALAR_SIZE)
+        *key, y = map(decode_nonzero, scalars)
+        return cls(key, y, prf_key)
+
+    def _publish(self) -> IssuerParameters:
+        w, wp, x0, x1, ya = self._key
+        cw = multiexp_secret(((GW, w), (GWP, wp)))
+        i = multiexp_secret(((GX0, -x0), (GX1, -x1), (GA, -ya)), GV.point)
+        table = self._digit_key.table(self._prf("table", encode_scalar(self._y)))
+        return IssuerParameters(cw, i, table)
+
+    def _prf(self, label: str, data: bytes) -> int:
+        """A scalar in 1..n-1 that only this issuer can compute."""
+        message = bytes([len(label)]) + label.encode() + data
+        return wide_scalar(hmac.digest(self._prf_key, message, "sha512"))
+
+    def verify(self, statement: Statement, request: CredentialRequest) -> None:
+        """Check every claim of the request about this statement; BadProof if one is false."""
+        presented = len(request.shown)
+        if not statement.admits(presented):
+            raise BadProof(f"{statement.operation.name} does not present {presented}")
+        try:
+            commitments = self._recompute(statement.delta, request)
+        except Infinity as error:
+            raise BadProof("the request's proof is degenerate") from error
+        transcript = _request_transcript(statement, self.parameters, presented, request.points)
+        if _challenge(transcript, commitments) != request.challenge:
+            raise BadProof("the request's proof does not hold")
+
+    def _recompute(self, delta: int, request: CredentialRequest) -> list[Point]:
+        e = request.challenge
+        vector = _complete(len(request.shown), request.responses, e * delta)
+        shows, requests = _sections(len(request.shown), vector)
+        commitments: list[Point] = []
+        for shown, x in zip(request.shown, shows, strict=True):
+            rows = show_rows(self.parameters.i, shown, x)
+            commitments += recompute(rows, show_images(shown, self._z(shown)), e)
+        for requested, x in zip(request.requested, requests, strict=True):
+            row = attribute_row(digits.value(x[1:]), x[0])
+            commitments += recompute((row,), (requested.m,), e)
+            commitments += self._digit_key.recompute(requested.digits, x[1:], e)
+        return commitments
+
+    def _z(self, shown: Shown) -> Point:
+        """Z = CV - w Gw - x0 Cx0 - x1 Cx1 - ya Ca, which is z I if the MAC is ours."""
+        key = self._key
+        terms = (shown.cx0, -key.x0), (shown.cx1, -key.x1), (shown.ca, -key.ya)
+        return multiexp_secret(terms, shown.cv, -self._w_gw)
+
+    def issue(self, statement: Statement, request: CredentialRequest) -> bytes:
+        """The reply (322 bytes) with two credentials and the proof that they are sound.
+
+        Verifies nothing: verify() first. A function of the arguments and the key alone, so
+        that a request repeated is answered by the same bytes.
+        """
+        binding = statement.binding(len(request.shown), request.encoded)
+        issued = [self._t(binding, index, r.m) for index, r in enumerate(request.requested)]
+        macs = [(c.t, self._mac(c)) for c in issued]
+        transcript = _issuance_transcript(self.parameters, binding, macs)
+        nonces = self._issuance_nonces(transcript)
+        challenge = _challenge(transcript, commit_secret(issuance_rows(issued, nonces)))
+        responses = respond(nonces, self._key, challenge)
+        return _encode_macs(macs) + b"".join(map(encode_scalar, (challenge, *responses)))
+
+    def _t(self, binding: bytes, index: int, m: Point) -> Issued:
+        t = self._prf("t", binding + bytes([index]))
+        return Issued(t, from_scalar(t), m)
+
+    def _mac(self, c: Issued) -> Point:
+        """V = w Gw + (x0 + x1 t) U + ya M."""
+        key = self._key
+        return multiexp_secret(((c.u, key.x0 + key.x1 * c.t), (c.m, key.ya)), self._w_gw)
+
+    def _issuance_nonces(self, transcript: Transcript) -> Vector:
+        """From all that the challenge will cover: equal nonces mean an equal challenge."""
+        seed = transcript.digest()
+        return tuple(self._prf("nonce", seed + bytes([i])) for i in range(ISSUANCE_LENGTH))

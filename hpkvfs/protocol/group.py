@@ -1,0 +1,386 @@
+"""secp256k1: the only importer of coincurve, whose libsecp256k1 is called through cffi directly.
+
+Invariants. A `Point` is never infinity, nor is it ever built from bytes that libsecp256k1
+does not accept; a sum or product that would be infinity raises `Infinity`. Scalars are plain
+ints modulo ORDER. Two ways to multiply exist, and the name says which one runs:
+
+    multiply, multiexp               time may depend on the scalar: responses, challenges
+    multiply_secret, multiexp_secret constant time (secp256k1_ecdh): issuer secrets and nonces
+
+Fixed generators are `FixedBase`s: a table of 32 x 256 multiples, built when first used (about
+20 ms), turns a product into 32 additions. All fixed products of one sum share one call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from sys import byteorder
+from typing import Any, Final
+
+from coincurve._libsecp256k1 import ffi as _ffi  # untyped: nothing of it leaves this module
+from coincurve._libsecp256k1 import lib as _lib
+from coincurve.context import GLOBAL_CONTEXT
+
+from hpkvfs.protocol.errors import Malformed
+
+ORDER: Final = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
+FIELD: Final = 2**256 - 2**32 - 977
+POINT_SIZE: Final = 33
+SCALAR_SIZE: Final = 32
+SIGNATURE_SIZE: Final = 64
+
+Rng = Callable[[int], bytes]
+
+_CONTEXT: Final[Any] = GLOBAL_CONTEXT.ctx
+_COMPRESSED: Final[Any] = _lib.SECP256K1_EC_COMPRESSED
+_HALF: Final = pow(2, -1, ORDER)
+_COMB_OFFSET: Final = (2**256 - 1) * _HALF % ORDER
+_LANES: Final = 32 * 8
+_RAW_SIZE: Final = int(_ffi.sizeof("secp256k1_pubkey"))
+
+
+def encode_scalar(scalar: int) -> bytes:
+    """32 bytes, big-endian; the scalar must already be reduced."""
+    return scalar.to_bytes(SCALAR_SIZE, "big")
+
+
+def decode_scalar(encoded: bytes) -> int:
+    """From 32 bytes; Malformed unless canonical (below ORDER). Zero is allowed."""
+    if len(encoded) != SCALAR_SIZE:
+        raise Malformed(f"a scalar has {SCALAR_SIZE} bytes, not {len(encoded)}")
+    scalar = int.from_bytes(encoded, "big")
+    if scalar >= ORDER:
+        raise Malformed("a scalar is not reduced")
+    return scalar
+
+
+def decode_nonzero(encoded: bytes) -> int:
+    """As decode_scalar, but zero is Malformed too."""
+    scalar = decode_scalar(encoded)
+    if scalar == 0:
+        raise Malformed("a scalar is zero where that is forbidden")
+    return scalar
+
+
+def split(encoded: bytes, size: int) -> list[bytes]:
+    """Consecutive pieces of `size` bytes; the last is shorter if the length does not fit."""
+    return [encoded[i : i + size] for i in range(0, len(encoded), size)]
+
+
+def wide_scalar(uniform: bytes) -> int:
+    """A scalar in 1..n-1 from at least 48 uniform bytes: bias below 2^-127."""
+    return int.from_bytes(uniform, "big") % (ORDER - 1) + 1
+
+
+def random_scalar(rng: Rng) -> int:
+    """A uniform scalar in 1..n-1."""
+    return wide_scalar(rng(48))
+
+
+class Infinity(ArithmeticError):
+    """A sum or product is the point at infinity; only a dishonest input makes it so."""
+
+
+class Point:
+    """A finite point of secp256k1; immutable."""
+
+    __slots__ = ("_raw",)
+
+    def __init__(self, raw: Any) -> None:
+        """Of a libsecp256k1 key that is known to be valid; others use decode()."""
+        self._raw = raw
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Point:
+        """From 33 compressed bytes; Malformed unless they are a finite point of the curve."""
+        if len(encoded) != POINT_SIZE:
+            raise Malformed(f"a point has {POINT_SIZE} bytes, not {len(encoded)}")
+        raw = _ffi.new("secp256k1_pubkey *")
+        if not _lib.secp256k1_ec_pubkey_parse(_CONTEXT, raw, bytes(encoded), POINT_SIZE):
+            raise Malformed("not a point of secp256k1")
+        return cls(raw)
+
+    def encode(self) -> bytes:
+        """33 bytes, compressed (SEC 1)."""
+        out = _ffi.new("unsigned char [33]")
+        size = _ffi.new("size_t *", POINT_SIZE)
+        _lib.secp256k1_ec_pubkey_serialize(_CONTEXT, out, size, self._raw, _COMPRESSED)
+        return bytes(_ffi.buffer(out))
+
+    def __neg__(self) -> Point:
+        raw = _ffi.new("secp256k1_pubkey *", self._raw[0])
+        _lib.secp256k1_ec_pubkey_negate(_CONTEXT, raw)
+        return Point(raw)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Point) and self.encode() == other.encode()
+
+    def __hash__(self) -> int:
+        return hash(self.encode())
+
+    def __repr__(self) -> str:
+        return f"Point({self.encode().hex()})"
+
+
+def encode_points(points: Iterable[Point]) -> bytes:
+    """Their encodings, one after the other."""
+    return b"".join([point.encode() for point in points])
+
+
+def decode_points(encoded: bytes) -> list[Point]:
+    """Inverse of encode_points; Malformed if one is not a point."""
+    return [Point.decode(piece) for piece in split(encoded, POINT_SIZE)]
+
+
+class FixedBase:
+    """A generator with its comb: row i holds the odd multiples -255..255 of 256^i P.
+
+    A scalar s becomes u = (s + 2^256 - 1) / 2 mod n, whose bytes b select 2b - 255: never
+    zero, so that each product is exactly 32 additions, whatever the scalar.
+    """
+
+    __slots__ = ("_start", "_table", "point")
+
+    def __init__(self, point: Point) -> None:
+        self.point: Final = point
+        self._table: Any = None
+        self._start = 0
+
+    def addresses(self, scalar: int) -> bytes:
+        """Where the 32 table entries are whose sum is scalar * point, as native pointers.
+
+        All 32 are computed at once, in one wide integer of 32 lanes of 64 bits.
+        """
+        start = self._start or self._build()
+        recoded = (scalar * _HALF + _COMB_OFFSET) % ORDER
+        lanes = bytearray(_LANES)
+        lanes[::8] = recoded.to_bytes(32, "little")
+        return (start + int.from_bytes(lanes, "little") * _RAW_SIZE).to_bytes(_LANES, byteorder)
+
+    def _build(self) -> int:
+        """Make the table; the lanes' first addresses are published last, for other threads."""
+        table = _ffi.new("secp256k1_pubkey [8192]")
+        base = self.point
+        for row in range(32):
+            base = _fill_row(table + 256 * row, base)
+        first = int(_ffi.cast("uintptr_t", table))
+        rows = (first + row * 256 * _RAW_SIZE for row in range(32))
+        self._table = table
+        self._start = sum(address << 64 * row for row, address in enumerate(rows))
+        return self._start
+
+
+Base = Point | FixedBase
+Term = tuple[Base, int]
+
+
+def _fill_row(row: Any, base: Point) -> Point:
+    """Write (2b - 255) base for b = 0..255; return 256 base."""
+    twice = add(base, base)
+    pair = _ffi.new("secp256k1_pubkey *[2]", [row, twice._raw])
+    row[128] = base._raw[0]
+    for b in range(129, 256):
+        pair[0] = row + b - 1
+        _lib.secp256k1_ec_pubkey_combine(_CONTEXT, row + b, pair, 2)
+    for b in range(128):
+        row[b] = row[255 - b]
+        _lib.secp256k1_ec_pubkey_negate(_CONTEXT, row + b)
+    last = Point(_ffi.new("secp256k1_pubkey *", row[255]))
+    return add(last, base)
+
+
+def _addresses(points: Sequence[Point]) -> bytes:
+    pointers = _ffi.new("secp256k1_pubkey *[]", [point._raw for point in points])
+    return bytes(_ffi.buffer(pointers))
+
+
+def _sum(addresses: bytes) -> Point:
+    """Of points whose owners the caller keeps alive."""
+    raw = _ffi.new("secp256k1_pubkey *")
+    pointers = _ffi.cast("secp256k1_pubkey **", _ffi.from_buffer(addresses))
+    if not _lib.secp256k1_ec_pubkey_combine(_CONTEXT, raw, pointers, len(addresses) // 8):
+        raise Infinity("the sum is the point at infinity")
+    return Point(raw)
+
+
+def add(*points: Point) -> Point:
+    """The sum of points; Infinity when it is."""
+    return _sum(_addresses(points))
+
+
+def multiply(point: Point, scalar: int) -> Point:
+    """scalar * point in variable time; Infinity for scalar 0 mod n."""
+    raw = _ffi.new("secp256k1_pubkey *", point._raw[0])
+    encoded = (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")
+    if not _lib.secp256k1_ec_pubkey_tweak_mul(_CONTEXT, raw, encoded):
+        raise Infinity("a product with zero")
+    return Point(raw)
+
+
+def multiexp(terms: Iterable[Term], *points: Point) -> Point:
+    """Sum of base * scalar, plus `points`, in variable time; Infinity when it is."""
+    summands, fixed = list(points), []
+    for base, scalar in terms:
+        if isinstance(base, FixedBase):
+            fixed.append(base.addresses(scalar))
+        elif scalar % ORDER:
+            summands.append(multiply(base, scalar))
+    return _sum(b"".join((*fixed, _addresses(summands))))
+
+
+@_ffi.callback("int(unsigned char *, unsigned char *, unsigned char *, void *)")  # type: ignore[untyped-decorator]  # cffi has no types
+def _whole_point(output: Any, x: Any, y: Any, _data: Any) -> int:
+    """An ECDH "hash" that keeps the point: 04 || x || y, SEC 1 uncompressed."""
+    output[0] = 4
+    _ffi.memmove(output + 1, x, 32)
+    _ffi.memmove(output + 33, y, 32)
+    return 1
+
+
+def multiply_secret(base: Base, scalar: int) -> Point:
+    """scalar * base in constant time; Infinity for scalar 0 mod n."""
+    point = base.point if isinstance(base, FixedBase) else base
+    encoded = (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")
+    whole = _ffi.new("unsigned char [65]")
+    if not _lib.secp256k1_ecdh(_CONTEXT, whole, point._raw, encoded, _whole_point, _ffi.NULL):
+        raise Infinity("a product with zero")
+    raw = _ffi.new("secp256k1_pubkey *")
+    _lib.secp256k1_ec_pubkey_parse(_CONTEXT, raw, whole, 65)
+    return Point(raw)
+
+
+def multiexp_secret(terms: Iterable[Term], *points: Point) -> Point:
+    """Sum of base * scalar, plus `points`, in constant time; Infinity when it is."""
+    return add(*points, *(multiply_secret(base, scalar) for base, scalar in terms))
+
+
+def generator_multiple(scalar: int) -> Point:
+    """scalar * G in constant time (libsecp256k1's blinded table); Infinity for 0 mod n."""
+    raw = _ffi.new("secp256k1_pubkey *")
+    encoded = (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")
+    if not _lib.secp256k1_ec_pubkey_create(_CONTEXT, raw, encoded):
+        raise Infinity("a product with zero")
+    return Point(raw)
+
+
+# Points from text: nobody knows their discrete logarithms.
+
+
+def _square_root(square: int) -> int | None:
+    root = pow(square, (FIELD + 1) // 4, FIELD)
+    return root if root * root % FIELD == square else None
+
+
+def from_text(text: str) -> Point:
+    """The generator of a name, as WabiSabi's reference implementation makes it.
+
+    x <- SHA256(text), then x <- SHA256(x) until x is on the curve; y is the root that is
+    itself a quadratic residue, which a power (p+1)/4 always is since p = 3 mod 4.
+    """
+    x = hashlib.sha256(text.encode()).digest()
+    while True:
+        value = int.from_bytes(x, "big")
+        root = _square_root((pow(value, 3, FIELD) + 7) % FIELD) if value < FIELD else None
+        if root is not None:
+            return Point.decode(bytes([2 + root % 2]) + x)
+        x = hashlib.sha256(x).digest()
+
+
+def from_scalar(scalar: int) -> Point:
+    """U(t): as from_text, starting from the scalar's 32 bytes, but with the even y.
+
+    The even root is libsecp256k1's own choice, 25 times faster than a residue in Python.
+    """
+    raw = _ffi.new("secp256k1_pubkey *")
+    x = hashlib.sha256(encode_scalar(scalar)).digest()
+    while not _lib.secp256k1_ec_pubkey_parse(_CONTEXT, raw, b"\x02" + x, POINT_SIZE):
+        x = hashlib.sha256(x).digest()
+    return Point(raw)
+
+
+G: Final = FixedBase(generator_multiple(1))
+GW: Final = FixedBase(from_text("Gw"))
+GWP: Final = FixedBase(from_text("Gwp"))
+GX0: Final = FixedBase(from_text("Gx0"))
+GX1: Final = FixedBase(from_text("Gx1"))
+GV: Final = FixedBase(from_text("GV"))
+GG: Final = FixedBase(from_text("Gg"))
+GH: Final = FixedBase(from_text("Gh"))
+GA: Final = FixedBase(from_text("Ga"))
+GS: Final = FixedBase(from_text("Gs"))
+
+
+# Keys of blobs: BIP340 signatures and ECDH.
+
+
+@lru_cache(maxsize=32)
+def _tag_prefix(tag: str) -> bytes:
+    return hashlib.sha256(tag.encode()).digest() * 2
+
+
+def tagged_hash(tag: str, data: bytes) -> bytes:
+    """BIP340's SHA256(SHA256(tag) || SHA256(tag) || data): 32 bytes."""
+    return hashlib.sha256(_tag_prefix(tag) + data).digest()
+
+
+class SigningKey:
+    """A secp256k1 private key that signs (BIP340) and agrees on secrets; it has no repr."""
+
+    __slots__ = ("_keypair", "_secret", "public")
+
+    def __init__(self, secret: bytes) -> None:
+        """Of 32 bytes; ValueError if they are 0 or at least the group's order."""
+        self._secret = bytes(secret)
+        self._keypair = _ffi.new("secp256k1_keypair *")
+        if len(secret) != SCALAR_SIZE or not _lib.secp256k1_keypair_create(
+            _CONTEXT, self._keypair, self._secret
+        ):
+            raise ValueError("not a private key of secp256k1")
+        raw = _ffi.new("secp256k1_pubkey *")
+        _lib.secp256k1_keypair_pub(_CONTEXT, raw, self._keypair)
+        self.public: Final = Point(raw).encode()
+        """33 bytes, compressed: the storage key of a blob."""
+
+    def sign(self, digest: bytes) -> bytes:
+        """64-byte BIP340 signature of a 32-byte digest; deterministic (auxiliary 0)."""
+        if len(digest) != 32:
+            raise ValueError(f"a digest has 32 bytes, not {len(digest)}")
+        signature = _ffi.new("unsigned char [64]")
+        if not _lib.secp256k1_schnorrsig_sign32(
+            _CONTEXT, signature, bytes(digest), self._keypair, _ffi.NULL
+        ):
+            raise ValueError("libsecp256k1 refused to sign")
+        return bytes(_ffi.buffer(signature))
+
+    def shared(self, public: bytes) -> bytes:
+        """32-byte ECDH secret with a 33-byte public key, SHA-256 of the compressed point.
+
+        Constant time; Malformed for an invalid key. a.shared(b.public) == b.shared(a.public).
+        """
+        other = Point.decode(public)
+        out = _ffi.new("unsigned char [32]")
+        if not _lib.secp256k1_ecdh(_CONTEXT, out, other._raw, self._secret, _ffi.NULL, _ffi.NULL):
+            raise ValueError("libsecp256k1 refused to agree on a secret")
+        return bytes(_ffi.buffer(out))
+
+
+def verify_signature(public: bytes, digest: bytes, signature: bytes) -> bool:
+    """Whether the BIP340 signature holds for this 33-byte key and 32-byte digest.
+
+    BIP340 keys are x-only: a signature also holds for the key with the other sign, whose
+    private key is the same but for sign. Sign digests that cover the whole key.
+    Anything malformed is False.
+    """
+    if len(digest) != 32 or len(signature) != SIGNATURE_SIZE:
+        return False
+    try:
+        key = Point.decode(public)
+    except Malformed:
+        return False
+    x_only = _ffi.new("secp256k1_xonly_pubkey *")
+    _lib.secp256k1_xonly_pubkey_from_pubkey(_CONTEXT, x_only, _ffi.NULL, key._raw)
+    return bool(
+        _lib.secp256k1_schnorrsig_verify(_CONTEXT, bytes(signature), bytes(digest), 32, x_only)
+    )

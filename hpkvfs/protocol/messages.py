@@ -1,0 +1,416 @@
+"""What is asked and answered; PROTOCOL.md has every byte.
+
+A client makes a request in three steps, since the proof in it covers the rest of it:
+
+    request = InsertRequest(epoch, key, blob)
+    draft = prepare(parameters, request.statement(tariff), ...)
+    request = replace(request, credentials=draft.request)
+
+and a deletion in four: its signature covers the credential request (`delete_digest`).
+
+One request is one purchase: it is recognised by its fingerprint, and repeating it performs
+nothing and gives the stored answer. A refusal spends nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+from typing import Any, ClassVar, Final, TypeAlias
+
+from hpkvfs.protocol import codec
+from hpkvfs.protocol.codec import array, integer, octets, optional
+from hpkvfs.protocol.credential import AMOUNT_LIMIT, Statement
+from hpkvfs.protocol.errors import Malformed
+from hpkvfs.protocol.group import tagged_hash
+from hpkvfs.protocol.tariff import Operation, Tariff
+from hpkvfs.protocol.voucher import SECRET_SIZE, voucher_digest
+from hpkvfs.types import BLOB_SIZE
+
+KEY_SIZE: Final = 33
+DIGEST_SIZE: Final = 32
+SIGNATURE_SIZE: Final = 64
+MAX_CREDENTIALS: Final = 2_000
+MAX_ISSUED: Final = 500
+MAX_PARAMETERS: Final = 9_000
+MAX_EPOCHS: Final = 200
+MAX_DELTA: Final = AMOUNT_LIMIT - 1
+
+_digest = octets(DIGEST_SIZE)
+_credentials = octets(1, MAX_CREDENTIALS)
+_issued = octets(1, MAX_ISSUED)
+_blob = octets(BLOB_SIZE)
+
+
+def _key(value: object) -> bytes:
+    key = octets(KEY_SIZE)(value)
+    if key[0] not in (2, 3):
+        raise Malformed("a storage key is not a compressed point")
+    return key
+
+
+def delete_digest(key: bytes, blob_digest: bytes, credential_request: bytes) -> bytes:
+    """The 32 bytes that the blob's key signs (BIP340) to delete it.
+
+    They cover the credential request, or whoever intercepts a deletion could have its refund.
+    """
+    request_digest = hashlib.sha256(credential_request).digest()
+    return tagged_hash("hpkv/delete/v1", key + blob_digest + request_digest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    operation: ClassVar[Operation]
+    _read: ClassVar[codec.Reader[tuple[Any, ...]]]
+
+    def body(self) -> bytes:
+        """The canonical encoding; ValueError when a field is not what it should be."""
+        values = [getattr(self, one.name) for one in fields(self)]
+        try:
+            type(self)._read(values)
+        except Malformed as error:
+            raise ValueError(f"this request is not complete: {error}") from error
+        return codec.pack([self.operation, *values])
+
+    def encode(self) -> bytes:
+        """The frame to send: REQUEST_SIZE bytes."""
+        return codec.REQUEST.wrap(self.body())
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the body: the 32 bytes by which the request is recognised."""
+        return hashlib.sha256(self.body()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class ParametersRequest(_Request):
+    """Free: an epoch's parameters. `epoch` is the digest wanted, None for the newest."""
+
+    operation = Operation.PARAMETERS
+    _read = codec.fields(optional(_digest))
+
+    epoch: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IssueRequest(_Request):
+    """A voucher's secret (20 bytes) and its amount, exchanged for two credentials."""
+
+    operation = Operation.ISSUE
+    presented: ClassVar = 0
+    _read = codec.fields(_digest, octets(SECRET_SIZE), integer(1, MAX_DELTA), _credentials)
+
+    epoch: bytes
+    voucher: bytes = field(repr=False)
+    amount: int
+    credentials: bytes = field(default=b"", repr=False)
+
+    def statement(self, tariff: Tariff) -> Statement:
+        """What the proof is about. The issuer must have compared `amount` to the voucher's."""
+        return Statement(self.epoch, self.operation, voucher_digest(self.voucher), self.amount)
+
+
+def _presented(value: object) -> int:
+    if integer(0, 2)(value) == 1:
+        raise Malformed("one credential alone is never presented")
+    return 2 if value else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReissueRequest(_Request):
+    """Free: 2 credentials for 2 others of the same sum, or 2 of no value for none."""
+
+    operation = Operation.REISSUE
+    _read = codec.fields(_digest, _presented, _credentials)
+
+    epoch: bytes
+    presented: int
+    credentials: bytes = field(default=b"", repr=False)
+
+    def statement(self, tariff: Tariff) -> Statement:
+        """What the proof is about."""
+        return Statement(self.epoch, self.operation, b"", tariff.delta(self.operation))
+
+
+@dataclass(frozen=True, slots=True)
+class LookUpRequest(_Request):
+    """The blob under a storage key (33 bytes). An absent key costs as much as a present one."""
+
+    operation = Operation.LOOK_UP
+    presented: ClassVar = 2
+    _read = codec.fields(_digest, _key, _credentials)
+
+    epoch: bytes
+    key: bytes
+    credentials: bytes = field(default=b"", repr=False)
+
+    def statement(self, tariff: Tariff) -> Statement:
+        """What the proof is about."""
+        return Statement(self.epoch, self.operation, self.key, tariff.delta(self.operation))
+
+
+@dataclass(frozen=True, slots=True)
+class InsertRequest(_Request):
+    """Store a blob (16,433 bytes) under a key that is not in use."""
+
+    operation = Operation.INSERT
+    presented: ClassVar = 2
+    _read = codec.fields(_digest, _key, _blob, _credentials)
+
+    epoch: bytes
+    key: bytes
+    blob: bytes = field(repr=False)
+    credentials: bytes = field(default=b"", repr=False)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the blob."""
+        return hashlib.sha256(self.blob).digest()
+
+    def statement(self, tariff: Tariff) -> Statement:
+        """What the proof is about."""
+        context = self.key + self.digest
+        return Statement(self.epoch, self.operation, context, tariff.delta(self.operation))
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRequest(_Request):
+    """Delete the blob whose SHA-256 is `digest`, for a refund; see `delete_digest`."""
+
+    operation = Operation.DELETE
+    presented: ClassVar = 2
+    _read = codec.fields(_digest, _key, _digest, octets(SIGNATURE_SIZE), _credentials)
+
+    epoch: bytes
+    key: bytes
+    digest: bytes
+    signature: bytes = b""
+    credentials: bytes = field(default=b"", repr=False)
+
+    @property
+    def signed(self) -> bytes:
+        """The 32 bytes that `signature` signs."""
+        return delete_digest(self.key, self.digest, self.credentials)
+
+    def statement(self, tariff: Tariff) -> Statement:
+        """What the proof is about."""
+        context = self.key + self.digest
+        return Statement(self.epoch, self.operation, context, tariff.delta(self.operation))
+
+
+CredentialedRequest: TypeAlias = (
+    IssueRequest | ReissueRequest | LookUpRequest | InsertRequest | DeleteRequest
+)
+Request: TypeAlias = ParametersRequest | CredentialedRequest
+
+_REQUESTS: Final[dict[object, type[Request]]] = {
+    kind.operation: kind
+    for kind in (
+        ParametersRequest,
+        IssueRequest,
+        ReissueRequest,
+        LookUpRequest,
+        InsertRequest,
+        DeleteRequest,
+    )
+}
+
+
+def decode_request(frame: bytes) -> Request:
+    """Inverse of Request.encode; Malformed for any other bytes."""
+    kind, values = _tagged(codec.REQUEST.unwrap(frame))
+    if kind not in _REQUESTS:
+        raise Malformed("a request for no operation of this version")
+    request = _REQUESTS[kind]
+    return request(*request._read(values))
+
+
+def _tagged(body: bytes) -> tuple[int, list[object]]:
+    value = codec.unpack(body)
+    if not isinstance(value, list) or not value or type(value[0]) is not int:
+        raise Malformed("a body does not begin with its kind")
+    return value[0], value[1:]
+
+
+class Outcome(IntEnum):
+    """What a performed request came to."""
+
+    ISSUED = 1
+    REISSUED = 2
+    FOUND = 3
+    ABSENT = 4
+    INSERTED = 5
+    DELETED = 6
+
+
+OUTCOMES: Final = {
+    Operation.ISSUE: (Outcome.ISSUED,),
+    Operation.REISSUE: (Outcome.REISSUED,),
+    Operation.LOOK_UP: (Outcome.FOUND, Outcome.ABSENT),
+    Operation.INSERT: (Outcome.INSERTED,),
+    Operation.DELETE: (Outcome.DELETED,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What happened, once and for all; `delta` is what it added to the credentials."""
+
+    operation: Operation
+    outcome: Outcome
+    delta: int
+
+    def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES.get(self.operation, ()):
+            raise ValueError(f"{self.operation.name} cannot come to {self.outcome.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFact:
+    """What a server keeps of a request: its fingerprint, its fact and the issuer's reply."""
+
+    fingerprint: bytes
+    fact: Fact
+    issued: bytes = field(repr=False)
+
+    @property
+    def operation(self) -> Operation:
+        """What the request asked for."""
+        return self.fact.operation
+
+    @property
+    def outcome(self) -> Outcome:
+        """What it came to."""
+        return self.fact.outcome
+
+
+class Reason(IntEnum):
+    """Why nothing was performed, and nothing spent."""
+
+    MALFORMED = 1
+    BUSY = 2
+    FULL = 3
+    INTERNAL = 4
+    UNKNOWN_EPOCH = 5
+    BAD_PROOF = 6
+    UNKNOWN_VOUCHER = 7
+    VOUCHER_SPENT = 8
+    VOUCHER_AMOUNT = 9
+    KEY_EXISTS = 10
+    KEY_ABSENT = 11
+    DIGEST_MISMATCH = 12
+    BAD_SIGNATURE = 13
+
+
+def _fact(value: object) -> Fact:
+    operation, outcome, delta = _fact_fields(value)
+    try:
+        return Fact(Operation(operation), Outcome(outcome), delta)
+    except ValueError as error:
+        raise Malformed("a fact that cannot be") from error
+
+
+def _stored_fact(value: object) -> StoredFact:
+    return StoredFact(*_stored_fact_fields(value))
+
+
+def _reason(value: object) -> Reason:
+    try:
+        return Reason(integer(0, 255)(value))
+    except ValueError as error:
+        raise Malformed("a refusal without a reason of this version") from error
+
+
+_fact_fields = codec.fields(integer(1, 255), integer(1, 255), integer(-MAX_DELTA, MAX_DELTA))
+_stored_fact_fields = codec.fields(_digest, _fact, _issued)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Nothing was performed and nothing spent."""
+
+    _kind: ClassVar = 0
+    _read: ClassVar = codec.fields(_reason)
+
+    reason: Reason
+
+    def encode(self) -> bytes:
+        """The frame to send: REPLY_SIZE bytes."""
+        return _reply(self._kind, self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """An epoch's parameters, and the digests of all epochs in use, the newest last."""
+
+    _kind: ClassVar = 1
+    _read: ClassVar = codec.fields(octets(1, MAX_PARAMETERS), array(_digest, 1, MAX_EPOCHS))
+
+    parameters: bytes
+    digests: tuple[bytes, ...]
+
+    def encode(self) -> bytes:
+        """The frame to send: REPLY_SIZE bytes."""
+        return _reply(self._kind, self.parameters, self.digests)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Performed, now or when the same request first came.
+
+    `value` is the blob a look-up found; None also when it was deleted between the look-up and
+    its repetition.
+    """
+
+    _kind: ClassVar = 2
+    _read: ClassVar = codec.fields(_fact, _issued, optional(_blob))
+
+    fact: Fact
+    issued: bytes = field(repr=False)
+    value: bytes | None = field(default=None, repr=False)
+
+    def encode(self) -> bytes:
+        """The frame to send: REPLY_SIZE bytes."""
+        return _reply(self._kind, _packable(self.fact), self.issued, self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """A serial was spent by another request: the facts of the one or two that spent them."""
+
+    _kind: ClassVar = 3
+    _read: ClassVar = codec.fields(array(_stored_fact, 1, 2))
+
+    facts: tuple[StoredFact, ...]
+
+    def encode(self) -> bytes:
+        """The frame to send: REPLY_SIZE bytes."""
+        facts = [[one.fingerprint, _packable(one.fact), one.issued] for one in self.facts]
+        return _reply(self._kind, facts)
+
+
+Reply: TypeAlias = Refused | Parameters | Done | Spent
+
+_REPLIES: Final[dict[int, type[Reply]]] = {
+    kind._kind: kind for kind in (Refused, Parameters, Done, Spent)
+}
+
+
+def decode_reply(frame: bytes) -> Reply:
+    """Inverse of Reply.encode; Malformed for any other bytes."""
+    kind, values = _tagged(codec.REPLY.unwrap(frame))
+    if kind not in _REPLIES:
+        raise Malformed("a reply of no kind of this version")
+    reply = _REPLIES[kind](*_REPLIES[kind]._read(values))
+    if isinstance(reply, Done) and reply.value and reply.fact.outcome is not Outcome.FOUND:
+        raise Malformed("a blob that was not looked up")
+    return reply
+
+
+def _packable(fact: Fact) -> list[int]:
+    return [fact.operation, fact.outcome, fact.delta]
+
+
+def _reply(kind: int, *values: object) -> bytes:
+    return codec.REPLY.wrap(codec.pack([kind, *values]))

@@ -1,0 +1,484 @@
+"""One vault in use by this process: builds the rooms, starts them, keeps them going.
+
+Starting has two halves. `open` needs the local state alone: the newest generation this client
+knows, and the redo log over it. `connect` needs the server: it settles what a crash left open,
+looks for newer generations, and learns which blob ids are taken. Until it has succeeded nothing
+is published; reading and writing go on with what is here. So a vault can be used while its
+server is down, and what was written then is published later.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import trio
+
+from hpkvfs.errors import (
+    CorruptBlob,
+    HpkvError,
+    SecondWriter,
+    VaultError,
+)
+from hpkvfs.fs.backend import run
+from hpkvfs.fs.filesystem import Filesystem, fail
+from hpkvfs.fs.publisher import Publisher
+from hpkvfs.fs.redolog import RedoLog
+from hpkvfs.net.cache import BlobCache
+from hpkvfs.net.store import RemoteStore
+from hpkvfs.net.transport import Dialer
+from hpkvfs.protocol.tariff import Operation, Tariff
+from hpkvfs.state import StateDirectory
+from hpkvfs.types import ANCHOR_BIT, BLOB_SIZE, PAYLOAD_SIZE, BlobId, BlobRef, Generation, Missing
+from hpkvfs.volume import fsck, gc
+from hpkvfs.volume.anchor import Anchor, find_newest
+from hpkvfs.volume.blob import Sealer
+from hpkvfs.volume.items import Clock, NameHash
+from hpkvfs.volume.keys import VaultKeys
+from hpkvfs.volume.volume import Known, MissingExtent, Volume
+from hpkvfs.wallet.journal import Journal, Receipt
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+PROBE_GAP = 32
+RESERVED_BLOBS = 16
+_KNOWN = "known"
+_WRITER = "writer"
+
+Progress = Callable[[int, int], None]
+Rng = Callable[[int], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a vault is used.
+
+    publish_interval: seconds between generations while something changes; remote_durability:
+    fsync waits for the server; dirty_limit: bytes that may wait to be published;
+    publish_at: dirty bytes that are published without waiting for the interval.
+    """
+
+    publish_interval: float = 10.0
+    remote_durability: bool = False
+    cache_bytes: int = 1024 * MIB
+    dirty_limit: int = 256 * MIB
+    publish_at: int = 32 * MIB
+    patience: float = 20.0
+
+
+class Session:
+    """A vault in use. Implements fs.backend.Backend."""
+
+    def __init__(
+        self,
+        keys: VaultKeys,
+        journal: Journal,
+        store: RemoteStore,
+        volume: Volume,
+        fs: Filesystem,
+        writer: bytes,
+        options: Options,
+        clock: Clock,
+    ) -> None:
+        self.keys = keys
+        self.store = store
+        self.volume = volume
+        self.options = options
+        self._journal = journal
+        self._fs = fs
+        self._connected = False
+        self._connecting = trio.Lock()
+        self._wake = trio.Event()
+        self._settled = trio.Event()
+        self._prefetches: trio.Nursery | None = None
+        self._tariff = Tariff()
+        self.offline_because: HpkvError | None = None
+        next_id = volume.known.anchor.next_id if volume.known else BlobId(0)
+        self.publisher = Publisher(volume, fs, self, writer, next_id, clock)
+        self._writer = writer
+
+    # -- fs.backend.Backend ------------------------------------------------------------
+
+    @property
+    def fs(self) -> Filesystem:
+        """The filesystem."""
+        return self._fs
+
+    async def load(self, missing: Missing) -> None:
+        """Bring blobs into memory."""
+        await self.volume.load(missing)
+
+    async def admit(self, size: int) -> None:
+        """Wait while too much is dirty; ENOSPC when it can't be published."""
+        dirty = self._fs.totals().dirty
+        if dirty + size > self.options.publish_at:
+            self._wake.set()
+        while dirty and dirty + size > self.options.dirty_limit:
+            if self.publisher.last_error is not None or not self._connected:
+                log.error("the local log is full and nothing can be published now")
+                raise fail(errno.ENOSPC)
+            self._wake.set()
+            await self._settled.wait()
+            dirty = self._fs.totals().dirty
+
+    def room(self, size: int) -> None:
+        """ENOSPC when the tokens do not pay for what is dirty and `size` bytes more."""
+        if self._needed(self._fs.totals().dirty + size) > self._affordable():
+            raise fail(errno.ENOSPC)
+
+    async def sync(self) -> None:
+        """Return when all changes so far are durable, here or (by option) at the server."""
+        await trio.to_thread.run_sync(self._fs.syncer())
+        if self.options.remote_durability:
+            await self.publish()
+
+    def prefetch(self, refs: list[BlobRef]) -> None:
+        """Fetch extents in the background; failures show when they are really read."""
+        wanted = [ref for ref in refs if not self.volume.has_extent(ref)]
+        if wanted and self._prefetches is not None:
+            self._prefetches.start_soon(self._prefetch, MissingExtent(tuple(wanted)))
+
+    async def _prefetch(self, missing: Missing) -> None:
+        try:
+            await self.volume.load(missing)
+        except HpkvError as error:
+            log.debug("read-ahead: %s", error)
+
+    def space(self) -> tuple[int, int]:
+        """(blocks in use, blocks that the tokens can still store)."""
+        totals = self._fs.totals()
+        used = -(-totals.bytes // PAYLOAD_SIZE)
+        return used, max(0, self._affordable() - self._needed(totals.dirty))
+
+    def _needed(self, dirty: int) -> int:
+        """Blobs that publishing so many dirty bytes may still take, from above."""
+        return dirty * 17 // 16 // PAYLOAD_SIZE + 4 - self.publisher.stored_now
+
+    def _affordable(self) -> int:
+        return self.store.balance.total // self._tariff.insert - RESERVED_BLOBS
+
+    # -- fs.publisher.Records ------------------------------------------------------------
+
+    async def save_known(self, known: Known) -> None:
+        """Remember the newest generation, durably."""
+        _save_known(self._journal, known)
+        await self._journal.flush()
+
+    def mark(self) -> int:
+        """The newest receipt."""
+        return max((receipt.seq for receipt in self._journal.receipts), default=0)
+
+    def settle(self, mark: int) -> None:
+        """Forget receipts that the known generation accounts for."""
+        self.store.forget_receipts(mark)
+
+    # -- starting ------------------------------------------------------------------------
+
+    def load_local(self, uid: int, gid: int) -> int:
+        """Take over the newest known generation and the redo log; operations replayed."""
+        anchor = self.volume.known.anchor if self.volume.known else None
+        if anchor is None:
+            replayed = self._fs.start(0, 0, 0, 0)
+            if not replayed:
+                self._fs.make_root(uid, gid)
+            return replayed
+        return self._fs.start(anchor.next_ino, anchor.size, anchor.files, anchor.redo)
+
+    async def recover(self) -> tuple[Generation, int]:
+        """Come back from the words alone: (newest generation, orphans found).
+
+        For a state directory that knows no generation. VaultError when the server has none.
+        """
+        await self.connect()
+        generation = await self.find()
+        self.load_local(0, 0)
+        return generation, await self.probe_orphans()
+
+    async def find(self) -> Generation:
+        """Find the newest generation from the words alone; VaultError when there is none."""
+        search = find_newest()
+        newest: Known | None = None
+        try:
+            wanted = next(search)
+            while True:
+                found = await self.volume.find_anchor(wanted)
+                if found and (not newest or found.anchor.generation > newest.anchor.generation):
+                    newest = found
+                wanted = search.send(found is not None)
+        except StopIteration:
+            pass
+        if newest is None:
+            raise VaultError(
+                "this server holds nothing for these words",
+                "check the server's address, and the passphrase if you used one",
+            )
+        self.volume.known = newest
+        await self.save_known(newest)
+        return newest.anchor.generation
+
+    async def probe_orphans(self) -> int:
+        """Find blobs that no generation names, left by a client that was lost; how many."""
+        assert self.volume.known is not None
+        start, absent, found = self.volume.known.anchor.next_id, 0, 0
+        while absent < PROBE_GAP:
+            results: dict[int, BlobRef | None] = {}
+
+            async def probe(blob_id: int, results: dict[int, BlobRef | None] = results) -> None:
+                results[blob_id] = await self.volume.find_blob(BlobId(blob_id))
+
+            async with trio.open_nursery() as nursery:
+                for blob_id in range(start, start + PROBE_GAP):
+                    nursery.start_soon(probe, blob_id)
+            refs = [ref for ref in results.values() if ref is not None]
+            self.publisher.orphans |= set(refs)
+            found += len(refs)
+            absent = 0 if refs else PROBE_GAP
+            start = BlobId(start + PROBE_GAP)
+        self.publisher.next_id = max(self.publisher.next_id, start)
+        return found
+
+    async def connect(self) -> None:
+        """Settle the past with the server; StoreError or SecondWriter when it can't be."""
+        async with self._connecting:
+            if self._connected:
+                return
+            try:
+                self._tariff = (await self.store.parameters()).tariff
+                receipts = await self.store.recover()
+                await self.store.prime()
+                await self._look_for_newer()
+                self._absorb(receipts)
+            except HpkvError as error:
+                self.offline_because = error
+                raise
+            self._connected, self.offline_because = True, None
+
+    async def _look_for_newer(self) -> None:
+        known = self.volume.known
+        if known is None:
+            return
+        generation = known.anchor.generation
+        found: dict[int, Known | None] = {}
+
+        async def look(number: int) -> None:
+            found[number] = await self.volume.find_anchor(Generation(number))
+
+        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+            nursery.start_soon(look, generation)
+            nursery.start_soon(look, generation + 1)
+        here, newer = found[generation], found[generation + 1]
+        if newer is None and (here is None or here.ref != known.ref):
+            raise CorruptBlob(
+                f"the server no longer has generation {generation}, which it confirmed before",
+                "it was rolled back, or it lies; what is cached here can still be read",
+            )
+        if newer is not None:
+            await self._adopt(known, newer)
+
+    async def _adopt(self, known: Known, newer: Known) -> None:
+        """Take over a generation after ours: one of ours that a crash kept us from noting."""
+        if newer.anchor.writer != self._writer:
+            if self._fs.active:
+                raise SecondWriter(
+                    "another client has written to this vault since it was used here",
+                    "what was written here and not published is kept in the state directory",
+                )
+            await self.find()
+            assert self.volume.known is not None
+            newer = self.volume.known
+            anchor = newer.anchor
+            self._fs.start(anchor.next_ino, anchor.size, anchor.files, anchor.redo)
+        else:
+            more = newer.anchor.size - known.anchor.size
+            self._fs.rebase(more, newer.anchor.files - known.anchor.files)
+            self.volume.known = newer
+            await self.save_known(newer)
+
+    def _absorb(self, receipts: list[Receipt]) -> None:
+        """Learn from what was stored and deleted since the known generation was published."""
+        first = self.volume.known.anchor.next_id if self.volume.known else BlobId(0)
+        used = first
+        for receipt in receipts:
+            ref = BlobRef.decode(receipt.memo)
+            if receipt.operation is Operation.DELETE:
+                self.publisher.removed.add(ref)
+            elif not ref.id & ANCHOR_BIT and ref.id >= first:
+                self.publisher.orphans.add(ref)
+                used = max(used, BlobId(ref.id + 1))
+        self.publisher.next_id = max(self.publisher.next_id, used)
+
+    # -- running -------------------------------------------------------------------------
+
+    async def keep_going(self) -> None:
+        """Publish in the background, resolve what is pending; runs until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._prefetches = nursery
+            nursery.start_soon(self.store.run)
+            nursery.start_soon(self._publish_regularly)
+
+    async def _publish_regularly(self) -> None:
+        pause = self.options.publish_interval
+        while True:
+            with trio.move_on_after(pause):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            pause = self.options.publish_interval
+            if not self.publisher.pending and self._connected:
+                continue
+            try:
+                await self.publish()
+            except HpkvError as error:
+                log.warning("nothing was published: %s", error)
+                pause = max(5.0, pause)
+                await trio.sleep(min(1.0, pause))
+
+    async def publish(self, progress: Progress = lambda done, total: None) -> None:
+        """Publish all changes so far; StoreError, SecondWriter."""
+        try:
+            await self.connect()
+            await self.publisher.publish(progress)
+        finally:
+            self._settled.set()
+            self._settled = trio.Event()
+
+    async def finish(self, progress: Progress = lambda done, total: None) -> None:
+        """Before closing: drop orphans, publish what is left. StoreError leaves it in the log."""
+        for ino in await run(self, self._fs.orphans):
+            await run(self, lambda ino=ino: self._fs.reclaim(ino))  # type: ignore[misc]
+        if self.publisher.pending:
+            await self.publish(progress)
+
+    # -- commands ------------------------------------------------------------------------
+
+    async def gc(self, progress: Progress = lambda done, total: None) -> gc.Collected:
+        """Publish, delete every dead blob for its refund, publish that."""
+        await self.publish(progress)
+        result = gc.Collected()
+        shuffle = random.SystemRandom().shuffle
+        try:
+            await gc.collect(self.volume, result, shuffle, progress)
+        finally:
+            self.publisher.removed |= {*result.deleted, *result.absent}
+        if self.publisher.removed:
+            await self.publish()
+        return result
+
+    async def fsck(
+        self, *, extents: bool, progress: Progress = lambda done, total: None
+    ) -> fsck.Report:
+        """Publish, then check the published generation and the books."""
+        await self.publish()
+        report = await fsck.fsck(self.volume, extents=extents, progress=progress)
+        if not self.store.conservation.holds:
+            report.problems.append(f"the tokens do not add up: {self.store.conservation}")
+        return report
+
+    async def redeem(self, voucher: str) -> int:
+        """Turn a voucher into tokens; their number."""
+        amount = await self.store.redeem(voucher)
+        self._wake.set()
+        return amount
+
+    def status(self) -> dict[str, Any]:
+        """Facts for `hpkvfs status`."""
+        known, totals, balance = self.volume.known, self._fs.totals(), self.store.balance
+        anchor = known.anchor if known else None
+        live = self._live(anchor)
+        stored = live * BLOB_SIZE
+        return {
+            "generation": anchor.generation if anchor else None,
+            "files": totals.files,
+            "bytes": totals.bytes,
+            "blobs_live": live,
+            "blobs_dead": anchor.dead.count if anchor else 0,
+            "bytes_stored": stored,
+            "amplification": round(stored / anchor.size, 3) if anchor and anchor.size else None,
+            "unpublished_bytes": totals.dirty,
+            "tokens_held": balance.held,
+            "tokens_pending": balance.pending,
+            "free_blobs": self.space()[1],
+            "connected": self._connected,
+            "trouble": self._trouble(),
+        }
+
+    def _trouble(self) -> str | None:
+        error = self.publisher.last_error or self.offline_because
+        return str(error) if error else None
+
+    @staticmethod
+    def _live(anchor: Anchor | None) -> int:
+        return anchor.live + len(anchor.kept) + anchor.dead.pages + 1 if anchor else 0
+
+
+def _save_known(journal: Journal, known: Known) -> None:
+    row = msgpack.packb([known.ref.encode(), known.anchor.encode().rstrip(b"\0")])
+    journal.put_meta(_KNOWN, row)
+
+
+def _load_known(journal: Journal) -> Known | None:
+    row = journal.meta(_KNOWN)
+    if row is None:
+        return None
+    ref, payload = msgpack.unpackb(row)
+    return Known(Anchor.decode(payload.ljust(PAYLOAD_SIZE, b"\0")), BlobRef.decode(ref))
+
+
+@asynccontextmanager
+async def open_session(
+    state: StateDirectory,
+    keys: VaultKeys,
+    dialer: Dialer,
+    options: Options,
+    *,
+    clock: Clock,
+    rng: Rng,
+    uid: int = 0,
+    gid: int = 0,
+) -> AsyncIterator[Session]:
+    """The vault of a state directory, from local state alone; AlreadyInUse, VaultError.
+
+    The caller then runs `connect` (before or while using it) and, for anything that lasts,
+    `keep_going`.
+    """
+    with state.locked():
+        journal = Journal(state.wallet, keys.secret("wallet"), rng)
+        redo = RedoLog(state.path, keys.secret("redo"), rng)
+        try:
+            session = _build(state, keys, dialer, options, journal, redo, clock, rng)
+            if session.volume.known is not None or state.is_new:
+                session.load_local(uid, gid)
+            yield session
+        finally:
+            redo.close()
+            journal.close()
+
+
+def _build(
+    state: StateDirectory,
+    keys: VaultKeys,
+    dialer: Dialer,
+    options: Options,
+    journal: Journal,
+    redo: RedoLog,
+    clock: Clock,
+    rng: Rng,
+) -> Session:
+    store = RemoteStore(journal, dialer, rng, patience=options.patience)
+    cache = BlobCache(state.cache, keys.secret("cache"), options.cache_bytes, rng)
+    volume = Volume(keys, Sealer(keys, rng), store, cache, _load_known(journal))
+    writer = journal.meta(_WRITER)
+    if writer is None:
+        writer = rng(8)
+        journal.put_meta(_WRITER, writer)
+    names = NameHash(keys.secret("names"))
+    rooms: list[Session] = []
+    fs = Filesystem(volume, redo, names, clock, lambda size: rooms[0].room(size))
+    rooms.append(Session(keys, journal, store, volume, fs, writer, options, clock))
+    return rooms[0]

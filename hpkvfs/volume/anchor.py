@@ -1,0 +1,147 @@
+"""Anchors: one small blob per generation that names the root and all that is not in the tree.
+
+Anchor n lives under a key derived from n alone, and inserting it is the moment generation n
+exists: the server refuses a second one, which is how two writers find out about each other.
+
+Which anchors stay (the rest are dead and get collected), for newest generation n:
+  - every binary prefix of n: n with its low l bits cleared, for each l;
+  - every power of two up to n.
+So a client with nothing but the words finds n by galloping over powers of two (present
+exactly up to n's highest bit) and then fixing one bit per look-up: at most
+2 log2(n) + 2 look-ups. An absent candidate always means "not reached yet".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from hpkvfs.errors import CorruptBlob, NewerFormat
+from hpkvfs.types import PAYLOAD_SIZE, REF_SIZE, BlobId, BlobRef, Generation, anchor_id
+from hpkvfs.volume.deadlist import DeadList
+
+FORMAT_VERSION = 1
+_LENGTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """One generation of the vault.
+
+    writer: 8 random bytes of the state directory that published it; redo: the last redo log
+    whose effects it includes (counted by that writer); live: nodes and extents reachable
+    from root; size: sum of file sizes; kept: older anchors that are still stored.
+    """
+
+    generation: Generation
+    writer: bytes
+    redo: int
+    time: int
+    root: BlobRef | None
+    kept: tuple[BlobRef, ...]
+    next_id: BlobId
+    next_ino: int
+    live: int
+    size: int
+    files: int
+    dead: DeadList
+
+    def encode(self) -> bytes:
+        """A 16,384-byte payload; ValueError when it does not fit (spill the dead list)."""
+        fields = [
+            FORMAT_VERSION,
+            self.generation,
+            self.writer,
+            self.redo,
+            self.time,
+            self.root.encode() if self.root else b"",
+            b"".join(ref.encode() for ref in self.kept),
+            self.next_id,
+            self.next_ino,
+            self.live,
+            self.size,
+            self.files,
+            self.dead.encode(),
+        ]
+        body: bytes = msgpack.packb(fields, use_bin_type=True)
+        if len(body) + _LENGTH > PAYLOAD_SIZE:
+            raise ValueError(f"an anchor of {len(body)} bytes does not fit a blob")
+        return (len(body).to_bytes(_LENGTH, "big") + body).ljust(PAYLOAD_SIZE, b"\0")
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Anchor:
+        """Inverse of encode; NewerFormat or CorruptBlob."""
+        fields = _unpack(payload)
+        if fields[0] != FORMAT_VERSION:
+            raise NewerFormat(
+                f"the vault has format {fields[0]}, newer than this hpkvfs knows",
+                "install a newer hpkvfs",
+            )
+        try:
+            _, generation, writer, redo, time, root, kept, *rest = fields
+            next_id, next_ino, live, size, files, dead = rest
+            refs = (kept[i : i + REF_SIZE] for i in range(0, len(kept), REF_SIZE))
+            return cls(
+                generation,
+                writer,
+                redo,
+                time,
+                BlobRef.decode(root) if root else None,
+                tuple(map(BlobRef.decode, refs)),
+                next_id,
+                next_ino,
+                live,
+                size,
+                files,
+                DeadList.decode(dead),
+            )
+        except (ValueError, TypeError):
+            raise CorruptBlob("an anchor is damaged") from None
+
+
+def _unpack(payload: bytes) -> list[Any]:
+    length = int.from_bytes(payload[:_LENGTH], "big")
+    body = payload[_LENGTH : _LENGTH + length]
+    try:
+        fields = msgpack.unpackb(body, raw=False)
+    except (ValueError, msgpack.UnpackException):
+        raise CorruptBlob("an anchor is damaged") from None
+    if not isinstance(fields, list) or not fields or any(payload[_LENGTH + length :]):
+        raise CorruptBlob("an anchor is damaged")
+    return fields
+
+
+def kept_generations(newest: Generation) -> set[Generation]:
+    """The generations whose anchors stay while `newest` is the newest, itself included."""
+    bits = range(newest.bit_length() + 1)
+    prefixes = {Generation(newest >> bit << bit) for bit in bits}
+    powers = {Generation(1 << bit) for bit in range(newest.bit_length())}
+    return prefixes | powers
+
+
+def successors(previous: Anchor, ref: BlobRef) -> tuple[tuple[BlobRef, ...], list[BlobRef]]:
+    """(kept, dead) among the stored anchors once the generation after `previous` exists."""
+    stay = {anchor_id(n) for n in kept_generations(Generation(previous.generation + 1))}
+    stored = [*previous.kept, ref]
+    kept = tuple(old for old in stored if old.id in stay)
+    return kept, [old for old in stored if old.id not in stay]
+
+
+def find_newest() -> Generator[Generation, bool, Generation | None]:
+    """Search for the newest generation: yields one to look up, is sent whether it exists.
+
+    Returns None when there is none at all.
+    """
+    if not (yield Generation(0)):
+        return None
+    top = 0
+    while (yield Generation(1 << top)):
+        top += 1
+    newest = 1 << top >> 1
+    for bit in reversed(range(max(top - 1, 0))):
+        if (yield Generation(newest | 1 << bit)):
+            newest |= 1 << bit
+    return Generation(newest)

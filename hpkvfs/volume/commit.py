@@ -1,0 +1,295 @@
+"""Publishing one generation, as a generator of steps; it does no I/O itself.
+
+    extents -> tree nodes and dead-list pages -> (all of them stored) -> anchor
+
+The caller carries out each step completely before it sends the generator on, so a step
+boundary is a barrier; in particular nothing names a blob before that blob is stored, and
+the anchor comes last: inserting it is the moment the generation exists. A caller that
+fails keeps the generator and the rest of the step, and goes on later with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from hpkvfs.tree import btree
+from hpkvfs.tree.node import Node
+from hpkvfs.types import BlobId, BlobRef, Generation, Missing, anchor_id
+from hpkvfs.volume.anchor import Anchor, successors
+from hpkvfs.volume.blob import Kind, Sealer
+from hpkvfs.volume.deadlist import Dead, DeadList
+from hpkvfs.volume.items import BLOCK, INLINE_LIMIT, PIECE, ItemKind, decode_extent, key, split_key
+from hpkvfs.volume.volume import Known, MissingNode
+
+EXTENTS_AT_ONCE = 256
+READS_AT_ONCE = 64
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A blob ready to be stored."""
+
+    ref: BlobRef
+    blob: bytes
+    node: Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Step: bring these into memory."""
+
+    missing: Missing
+
+
+@dataclass(frozen=True, slots=True)
+class Insert:
+    """Step: store all of these, in any order."""
+
+    blobs: tuple[Sealed, ...]
+
+
+Step = Load | Insert
+Steps = Generator[Step, None, Known]
+
+
+class Changes(Protocol):
+    """A frozen layer, as far as publishing it is concerned."""
+
+    @property
+    def usage_bytes(self) -> int:
+        """Change of the sum of file sizes."""
+        ...
+
+    @property
+    def usage_files(self) -> int:
+        """Change of the number of inodes."""
+        ...
+
+    def dirty_blocks(self) -> list[tuple[int, int]]:
+        """(inode, block) of every block that was written."""
+        ...
+
+    def items_changed(self) -> Iterable[tuple[bytes, bytes | None]]:
+        """Items put or removed."""
+        ...
+
+    def hidden_ranges(self) -> Iterable[tuple[bytes, bytes]]:
+        """Ranges of keys removed from the tree, before the items and blocks above."""
+        ...
+
+
+class Source(Protocol):
+    """The tree being changed."""
+
+    @property
+    def root(self) -> BlobRef | None:
+        """Its root."""
+        ...
+
+    def node(self, ref: BlobRef) -> Node:
+        """A node; Missing."""
+        ...
+
+
+@dataclass(slots=True)
+class Base:
+    """What a generation is built on.
+
+    known: the newest published generation, if any; next_id: above every id ever used;
+    orphans: stored blobs that no generation names (of attempts that did not get to their
+    anchor); remaining: the dead list as collection left it, None if it was not touched.
+    """
+
+    known: Known | None
+    writer: bytes
+    redo: int
+    next_id: BlobId
+    next_ino: int
+    now: int
+    orphans: list[BlobRef] = field(default_factory=list)
+    remaining: list[Dead] | None = None
+
+
+class Pinned:
+    """A source that keeps every node it was asked for until the commit is done."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._nodes: dict[BlobRef, Node] = {}
+
+    def node(self, ref: BlobRef) -> Node:
+        """A node; Missing."""
+        node = self._nodes.get(ref)
+        if node is None:
+            node = self._nodes[ref] = self._source.node(ref)
+        return node
+
+
+class _Maker:
+    """Numbers and seals blobs, and remembers them until they are handed over."""
+
+    def __init__(self, sealer: Sealer, next_id: BlobId) -> None:
+        self._sealer = sealer
+        self.next_id = next_id
+        self.made: list[Sealed] = []
+
+    def make(self, kind: Kind, payload: bytes, node: Node | None = None) -> BlobRef:
+        ref, blob = self._sealer.seal(self.next_id, kind, payload)
+        self.next_id = BlobId(self.next_id + 1)
+        self.made.append(Sealed(ref, blob, node))
+        return ref
+
+    def node(self, node: Node) -> BlobRef:
+        return self.make(Kind.NODE, node.encode(), node)
+
+    def page(self, payload: bytes) -> BlobRef:
+        return self.make(Kind.PAGE, payload)
+
+    def take(self) -> Insert:
+        made, self.made = self.made, []
+        return Insert(tuple(made))
+
+
+def publish(
+    base: Base,
+    changes: Changes,
+    read_blocks: Callable[[list[tuple[int, int]]], list[bytes]],
+    source: Source,
+    sealer: Sealer,
+) -> Steps:
+    """Publish `changes` as the generation after base's; returns it.
+
+    read_blocks([(ino, block), ...]) is the new contents of dirty blocks, without their
+    trailing zeros; it may raise Missing.
+    """
+    maker = _Maker(sealer, base.next_id)
+    edits = yield from _blocks(changes, read_blocks, maker)
+    fresh = len(edits[1])
+    pinned = Pinned(source)
+    items: dict[bytes, bytes | None] = {}
+    items.update((yield from _removed(changes, pinned, source.root)))
+    items.update(edits[0])
+    items.update(changes.items_changed())
+    applied = yield from _apply(pinned, source.root, sorted(items.items()), maker)
+    freed = applied.freed + [
+        decode_extent(old) for raw, old in applied.displaced if _is_extent(raw)
+    ]
+    dead, kept = _bury(base, freed, maker)
+    previous = base.known.anchor if base.known else None
+    generation = Generation(previous.generation + 1 if previous else 0)
+    live = (previous.live if previous else 0) + fresh + applied.written - len(freed)
+    if maker.made:
+        yield maker.take()
+    anchor = Anchor(
+        generation=generation,
+        writer=base.writer,
+        redo=base.redo,
+        time=base.now,
+        root=applied.root,
+        kept=kept,
+        next_id=maker.next_id,
+        next_ino=base.next_ino,
+        live=live,
+        size=(previous.size if previous else 0) + changes.usage_bytes,
+        files=(previous.files if previous else 0) + changes.usage_files,
+        dead=dead,
+    )
+    ref, blob = sealer.seal(anchor_id(generation), Kind.ANCHOR, anchor.encode())
+    yield Insert((Sealed(ref, blob),))
+    return Known(anchor, ref)
+
+
+def _blocks(
+    changes: Changes, read_blocks: Callable[[list[tuple[int, int]]], list[bytes]], maker: _Maker
+) -> Generator[Step, None, tuple[dict[bytes, bytes | None], list[BlobRef]]]:
+    """Store dirty blocks; the edits that make the tree say where they are, and the extents."""
+    edits: dict[bytes, bytes | None] = {}
+    extents: list[BlobRef] = []
+    dirty = changes.dirty_blocks()
+    for start in range(0, len(dirty), READS_AT_ONCE):
+        batch = dirty[start : start + READS_AT_ONCE]
+        contents = yield from _until_loaded(lambda b=batch: read_blocks(b))  # type: ignore[misc]
+        for (ino, number), content in zip(batch, contents, strict=True):
+            edits.update(_no_block(ino, number))
+            if len(content) > INLINE_LIMIT:
+                ref = maker.make(Kind.EXTENT, content.ljust(BLOCK, b"\0"))
+                extents.append(ref)
+                edits[key(ino, ItemKind.EXTENT, number * BLOCK)] = ref.encode()
+            else:
+                edits.update(_pieces(ino, number, content))
+        if len(maker.made) >= EXTENTS_AT_ONCE:
+            yield maker.take()
+    if maker.made:
+        yield maker.take()
+    return edits, extents
+
+
+def _no_block(ino: int, number: int) -> Iterator[tuple[bytes, None]]:
+    """The edits that remove a block, in whichever form it is there."""
+    start = number * BLOCK
+    yield key(ino, ItemKind.EXTENT, start), None
+    for at in range(start, start + INLINE_LIMIT, PIECE):
+        yield key(ino, ItemKind.INLINE, at), None
+
+
+def _pieces(ino: int, number: int, content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    for at in range(0, len(content), PIECE):
+        yield key(ino, ItemKind.INLINE, number * BLOCK + at), content[at : at + PIECE]
+
+
+def _removed(
+    changes: Changes, source: Pinned, root: BlobRef | None
+) -> Generator[Step, None, list[tuple[bytes, None]]]:
+    """Deletions of all that lies in the ranges removed whole."""
+    found: list[tuple[bytes, None]] = []
+    for low, high in sorted(changes.hidden_ranges()):
+        pairs = yield from _until_loaded(
+            lambda lo=low, hi=high: list(btree.scan(source, root, lo, hi))  # type: ignore[misc]
+        )
+        found += ((raw, None) for raw, _ in pairs)
+    return found
+
+
+def _apply(
+    source: Pinned,
+    root: BlobRef | None,
+    edits: list[tuple[bytes, bytes | None]],
+    maker: _Maker,
+) -> Generator[Step, None, btree.Applied]:
+    keys = [raw for raw, _ in edits]
+    while wanted := btree.wanted(source, root, keys):
+        yield Load(MissingNode(tuple(wanted)))
+        for ref in wanted:
+            source.node(ref)
+    return btree.apply(source, root, edits, maker.node)
+
+
+def _bury(base: Base, freed: list[BlobRef], maker: _Maker) -> tuple[DeadList, tuple[BlobRef, ...]]:
+    """The new dead list, and the anchors that stay."""
+    died = Generation(base.known.anchor.generation + 1 if base.known else 0)
+    kept: tuple[BlobRef, ...] = ()
+    gone = [*base.orphans, *freed]
+    dead = DeadList()
+    if base.known is not None:
+        kept, collected = successors(base.known.anchor, base.known.ref)
+        gone += collected
+        dead = base.known.anchor.dead
+    if base.remaining is not None:
+        dead = DeadList().add(base.remaining, maker.page)
+    return dead.add([Dead(ref, died) for ref in gone], maker.page), kept
+
+
+def _is_extent(raw: bytes) -> bool:
+    return split_key(raw)[1] == ItemKind.EXTENT
+
+
+def _until_loaded(read: Callable[[], T]) -> Generator[Step, None, T]:
+    while True:
+        try:
+            return read()
+        except Missing as missing:
+            yield Load(missing)

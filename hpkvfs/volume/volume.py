@@ -1,0 +1,268 @@
+"""A vault as seen from one client: the newest generation it knows, and its blobs in memory.
+
+Reads are synchronous. What is not in memory raises MissingNode or MissingExtent; `load`
+fetches it (local cache first, then the server, verified against its reference) and the
+caller reads again. So every operation above is atomic without a lock, and what it needs
+from the network is fetched in parallel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import trio
+
+from hpkvfs.errors import CorruptBlob
+from hpkvfs.tree import btree
+from hpkvfs.tree.node import CorruptNode, Node
+from hpkvfs.types import BlobId, BlobRef, BlobStore, Generation, Missing, anchor_id
+from hpkvfs.volume.anchor import Anchor
+from hpkvfs.volume.blob import Kind, Sealer
+from hpkvfs.volume.deadlist import Dead, DeadList, read_page
+from hpkvfs.volume.keys import VaultKeys
+
+log = logging.getLogger(__name__)
+
+NODES_IN_MEMORY = 1_500
+EXTENTS_IN_MEMORY = 2_048
+FETCHES_AT_ONCE = 16
+
+V = TypeVar("V")
+
+
+class MissingNode(Missing):
+    """Tree nodes that are not in memory."""
+
+
+class MissingExtent(Missing):
+    """Extents that are not in memory."""
+
+
+class MissingPage(Missing):
+    """Pages of the dead list that are not in memory."""
+
+
+class Cache(Protocol):
+    """What the volume needs of a local cache of blobs; any of it may forget at any time."""
+
+    def get(self, ref: BlobRef) -> bytes | None:
+        """The ciphertext blob, or None."""
+        ...
+
+    def put(self, ref: BlobRef, blob: bytes) -> None:
+        """Remember a blob."""
+        ...
+
+    def drop(self, ref: BlobRef) -> None:
+        """Forget a blob."""
+        ...
+
+
+class Lru(Generic[V]):
+    """The most recently used values, at most `size` of them."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[BlobRef, V] = OrderedDict()
+
+    def get(self, ref: BlobRef) -> V | None:
+        """The value, which becomes the most recently used; or None."""
+        value = self._values.get(ref)
+        if value is not None:
+            self._values.move_to_end(ref)
+        return value
+
+    def put(self, ref: BlobRef, value: V) -> None:
+        """Remember a value."""
+        self._values[ref] = value
+        self._values.move_to_end(ref)
+        if len(self._values) > self._size:
+            self._values.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A published generation: its anchor and the anchor's own reference."""
+
+    anchor: Anchor
+    ref: BlobRef
+
+
+class Volume:
+    """The newest known generation and the blobs of it that are in memory."""
+
+    def __init__(
+        self, keys: VaultKeys, sealer: Sealer, store: BlobStore, cache: Cache, known: Known | None
+    ) -> None:
+        self.keys = keys
+        self.sealer = sealer
+        self.store = store
+        self.known = known
+        self._cache = cache
+        self._nodes: Lru[Node] = Lru(NODES_IN_MEMORY)
+        self._extents: Lru[bytes] = Lru(EXTENTS_IN_MEMORY)
+        self._pages: dict[BlobRef, tuple[list[Dead], list[BlobRef]]] = {}
+        self._loading: dict[BlobRef, trio.Event] = {}
+        self._slots = trio.CapacityLimiter(FETCHES_AT_ONCE)
+
+    @property
+    def root(self) -> BlobRef | None:
+        """The root of the newest known tree; None when it is empty."""
+        return self.known.anchor.root if self.known else None
+
+    @property
+    def dead(self) -> DeadList:
+        """The dead list of the newest known generation."""
+        return self.known.anchor.dead if self.known else DeadList()
+
+    def get(self, key: bytes) -> bytes | None:
+        """An item of the newest known tree, or None; MissingNode."""
+        return btree.get(self, self.root, key)
+
+    def scan(self, low: bytes, high: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Items of the newest known tree with low <= key < high; MissingNode."""
+        return btree.scan(self, self.root, low, high)
+
+    def node(self, ref: BlobRef) -> Node:
+        """A tree node; MissingNode when it is not in memory."""
+        node = self._nodes.get(ref)
+        if node is None:
+            raise MissingNode((ref,))
+        return node
+
+    def extent(self, ref: BlobRef) -> bytes:
+        """The 16,384 bytes of an extent; MissingExtent when it is not in memory."""
+        payload = self._extents.get(ref)
+        if payload is None:
+            raise MissingExtent((ref,))
+        return payload
+
+    def has_extent(self, ref: BlobRef) -> bool:
+        """Whether an extent is in memory or being fetched."""
+        return self._extents.get(ref) is not None or ref in self._loading
+
+    def dead_entries(self) -> tuple[list[Dead], list[BlobRef]]:
+        """Every dead blob, and every page that lists them; MissingPage."""
+        entries, pages = list(self.dead.entries), []
+        work = [(i + 1, ref) for i, refs in enumerate(self.dead.levels) for ref in refs]
+        missing = []
+        while work:
+            level, ref = work.pop()
+            pages.append(ref)
+            page = self._pages.get(ref)
+            if page is None:
+                missing.append(ref)
+                continue
+            entries += page[0]
+            work += [(level - 1, below) for below in page[1]]
+        if missing:
+            raise MissingPage(tuple(missing))
+        return entries, pages
+
+    def remember(self, ref: BlobRef, blob: bytes, node: Node | None) -> None:
+        """Keep a blob that was just published, so that reading it back costs nothing."""
+        self._cache.put(ref, blob)
+        if node is not None:
+            self._nodes.put(ref, node)
+
+    def remember_extent(self, ref: BlobRef, payload: bytes) -> None:
+        """Keep an extent's payload in memory."""
+        self._extents.put(ref, payload)
+
+    def forget(self, ref: BlobRef) -> None:
+        """Drop a blob from the local cache: it was deleted."""
+        self._cache.drop(ref)
+        self._pages.pop(ref, None)
+
+    async def load(self, missing: Missing) -> None:
+        """Bring what is missing into memory, in parallel; StoreError or CorruptBlob."""
+        kind = {MissingNode: Kind.NODE, MissingExtent: Kind.EXTENT}.get(type(missing), Kind.PAGE)
+        if len(missing.refs) == 1:
+            await self._load_one(missing.refs[0], kind)
+            return
+        failures: list[Exception] = []
+
+        async def load_one(ref: BlobRef) -> None:
+            try:
+                await self._load_one(ref, kind)
+            except Exception as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for ref in missing.refs:
+                nursery.start_soon(load_one, ref)
+        if failures:
+            raise failures[0]
+
+    async def _load_one(self, ref: BlobRef, kind: Kind) -> None:
+        if event := self._loading.get(ref):
+            await event.wait()
+            return
+        event = self._loading[ref] = trio.Event()
+        try:
+            self._accept(ref, kind, await self.fetch(ref, kind))
+        finally:
+            del self._loading[ref]
+            event.set()
+
+    def _accept(self, ref: BlobRef, kind: Kind, payload: bytes) -> None:
+        if kind is Kind.EXTENT:
+            self._extents.put(ref, payload)
+        elif kind is Kind.NODE:
+            try:
+                self._nodes.put(ref, Node.decode(payload))
+            except CorruptNode as error:
+                raise CorruptBlob(f"node {ref!r} is damaged: {error}") from None
+        else:
+            self._pages[ref] = read_page(payload, payload[0])
+
+    async def fetch(self, ref: BlobRef, kind: Kind, *, fresh: bool = False) -> bytes:
+        """One blob's payload, verified; from the server alone if `fresh`."""
+        cached = None if fresh else self._cache.get(ref)
+        if cached is not None:
+            return self.sealer.open(ref, kind, cached)
+        async with self._slots:
+            blob = await self.store.look_up(self.keys.signer(ref.id).public)
+        try:
+            if blob is None:
+                raise CorruptBlob(f"{ref!r} is missing at the server")
+            payload = self.sealer.open(ref, kind, blob)
+        except CorruptBlob as error:
+            log.error("%s (%s)", error, kind.name.lower())
+            raise
+        self._cache.put(ref, blob)
+        return payload
+
+    async def find_anchor(self, generation: Generation) -> Known | None:
+        """Look up one generation's anchor; CorruptBlob if it is there but not an anchor."""
+        blob_id = anchor_id(generation)
+        blob = await self.store.look_up(self.keys.signer(blob_id).public)
+        if blob is None:
+            return None
+        return open_anchor(self.sealer, generation, blob)
+
+    async def find_blob(self, blob_id: BlobId) -> BlobRef | None:
+        """Look up whatever lies under an id, for blobs whose digest was lost."""
+        blob = await self.store.look_up(self.keys.signer(blob_id).public)
+        return self.sealer.reference(blob_id, blob) if blob else None
+
+
+def open_anchor(sealer: Sealer, generation: Generation, blob: bytes) -> Known:
+    """The anchor in a blob found under its number; CorruptBlob if it is another's."""
+    blob_id = anchor_id(generation)
+    anchor = Anchor.decode(sealer.open_unreferenced(blob_id, Kind.ANCHOR, blob))
+    if anchor.generation != generation:
+        raise CorruptBlob(f"the anchor of generation {generation} claims {anchor.generation}")
+    return Known(anchor, sealer.reference(blob_id, blob))
+
+
+def together(misses: Iterable[Missing]) -> Missing:
+    """Several misses as one of the first one's kind, so that they are fetched in parallel."""
+    first, *rest = misses
+    alike = [miss for miss in rest if type(miss) is type(first)]
+    refs = dict.fromkeys(ref for miss in (first, *alike) for ref in miss.refs)
+    return type(first)(tuple(refs))

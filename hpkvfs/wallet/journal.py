@@ -1,0 +1,350 @@
+"""The wallet's journal: persist, then speak.
+
+A request leaves only after `begin` returned, so whatever reached the server is found again after
+a crash. What a server answered need not be durable before it is used: `settle` is ordered
+before every later `begin`, and a settlement that a crash undoes is a pending again, which is
+resolved to the same outcome.
+
+Statements run on the trio thread, a batch at a time, and only COMMIT, which waits for the disk,
+runs on the writer thread. (A thread that ran the statements would fight the proofs for the
+interpreter lock, several times per statement.) While one batch is being committed the next one
+collects: group commit. A batch that nobody waits for is committed with the next `begin`, or by
+`nudge`, `flush` or `close`.
+
+A failed write breaks the journal for good: every later call says so, and opening it again finds
+the last durable state.
+
+The database, user_version 1. Every `sealed` is a random 12-byte nonce and the row (rows.py) in
+ChaCha20-Poly1305 under the journal's key, with "table/name of the row" as associated data.
+
+    credentials(number, sealed)   held, or an input of a pending
+    pendings(number, sealed)      inputs, attempts, memo
+    receipts(seq, sealed)         performed with a memo, and not yet forgotten
+    meta(name, sealed)            "book", and whatever the caller keeps under other names
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from hpkvfs.errors import AlreadyInUse, NewerFormat, VaultError
+from hpkvfs.protocol.errors import ProtocolError
+from hpkvfs.protocol.tariff import Operation
+from hpkvfs.wallet import rows
+from hpkvfs.wallet.wallet import Book, Held, Pending, Settled, Wallet
+
+FORMAT: Final = 1
+_NONCE: Final = 12
+_BOOK: Final = "book"
+_SCHEMA: Final = f"""
+CREATE TABLE credentials(number INTEGER PRIMARY KEY, sealed BLOB NOT NULL) STRICT;
+CREATE TABLE pendings(number INTEGER PRIMARY KEY, sealed BLOB NOT NULL) STRICT;
+CREATE TABLE receipts(seq INTEGER PRIMARY KEY, sealed BLOB NOT NULL) STRICT;
+CREATE TABLE meta(name TEXT PRIMARY KEY, sealed BLOB NOT NULL) STRICT, WITHOUT ROWID;
+PRAGMA user_version = {FORMAT};
+"""
+
+_ADD_PENDING: Final = "INSERT OR REPLACE INTO pendings VALUES (?, ?)"
+_ADD_CREDENTIAL: Final = "INSERT INTO credentials VALUES (?, ?)"
+_ADD_RECEIPT: Final = "INSERT INTO receipts VALUES (?, ?)"
+_PUT_META: Final = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
+_DROP_PENDING: Final = "DELETE FROM pendings WHERE number = ?"
+_DROP_CREDENTIAL: Final = "DELETE FROM credentials WHERE number = ?"
+_DROP_RECEIPTS: Final = "DELETE FROM receipts WHERE seq <= ?"
+
+# All rows of one statement of a batch are written together, in this order: within a batch a row
+# may be written and then dropped, and is never dropped and then written.
+_ORDER: Final = (
+    _ADD_PENDING,
+    _ADD_CREDENTIAL,
+    _ADD_RECEIPT,
+    _PUT_META,
+    _DROP_PENDING,
+    _DROP_CREDENTIAL,
+    _DROP_RECEIPTS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """An insert or a delete that was performed, told to the volume until it is forgotten."""
+
+    seq: int
+    operation: Operation
+    memo: bytes
+
+
+@dataclass(slots=True)
+class _Batch:
+    rows: dict[str, list[tuple[object, ...]]] = field(
+        default_factory=lambda: {statement: [] for statement in _ORDER}
+    )
+    book: Book | None = None
+    wanted: bool = False
+    done: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def empty(self) -> bool:
+        return self.book is None and not any(self.rows.values())
+
+
+class Journal:
+    """One sqlite file, held by one process."""
+
+    def __init__(self, path: Path, key: bytes, rng: Callable[[int], bytes]) -> None:
+        """Open or create; `key` has 32 bytes, `rng(n)` gives n random bytes.
+
+        AlreadyInUse when another process holds it, NewerFormat, and VaultError when it is
+        damaged or was made with another key.
+        """
+        self._cipher = ChaCha20Poly1305(key)
+        self._rng = rng
+        self._batch = _Batch()
+        self._committing: _Batch | None = None
+        self._broken: VaultError | None = None
+        self._jobs: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        self._database = _connect(path)
+        try:
+            self._meta: dict[str, bytes] = dict(self._read("meta"))
+            self._receipts = {seq: Receipt(seq, *one) for seq, one in self._read_receipts()}
+        except BaseException:
+            self._database.close()
+            raise
+        self._performed = {(one.operation, one.memo) for one in self._receipts.values()}
+        self._last_receipt = max(self._receipts, default=0)
+
+    # Reading.
+
+    def load(self) -> Wallet:
+        """The wallet as the journal found it when opened; VaultError when it is damaged."""
+        book = self._meta.get(_BOOK)
+        try:
+            held = {
+                number: rows.unpack_held(number, row) for number, row in self._read("credentials")
+            }
+            pending = [rows.unpack_pending(*row, held) for row in self._read("pendings")]
+            return Wallet(held.values(), pending, rows.unpack_book(book) if book else Book())
+        except (ProtocolError, ValueError, LookupError, TypeError) as error:
+            raise _damaged() from error
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        """What was performed with a memo and is not forgotten, oldest first."""
+        return list(self._receipts.values())
+
+    def has_receipt(self, operation: Operation, memo: bytes) -> bool:
+        """Whether there is a receipt for this operation with this memo."""
+        return (operation, memo) in self._performed
+
+    def meta(self, name: str) -> bytes | None:
+        """What `put_meta` kept under this name."""
+        return self._meta.get(name)
+
+    def names(self, prefix: str) -> list[str]:
+        """The names, beginning so, under which something is kept."""
+        return sorted(name for name in self._meta if name.startswith(prefix))
+
+    # Writing. Everything joins the batch; only `begin` and `flush` wait for it.
+
+    async def begin(self, pending: Pending) -> None:
+        """Record a pending, or its second attempt; returns when it is on the disk."""
+        self._add(_ADD_PENDING, "pendings", pending.number, rows.pack_pending(pending))
+        await self.flush()
+
+    def settle(self, settled: Settled, book: Book) -> None:
+        """Outputs take the place of a pending and its inputs; `book` is the book after it."""
+        self._drop(settled.pending, *settled.pending.inputs)
+        for held in settled.outputs:
+            self._add(_ADD_CREDENTIAL, "credentials", held.number, rows.pack_held(held))
+        self._batch.book = book
+        operation, memo = settled.attempt.operation, settled.pending.memo
+        if memo and operation in (Operation.INSERT, Operation.DELETE):
+            self._keep_receipt(operation, memo)
+
+    def release(self, pending: Pending) -> None:
+        """Forget a pending; its inputs are held again."""
+        self._drop(pending)
+
+    def forget_receipts(self, up_to: int) -> None:
+        """Forget the receipts with seq <= up_to: a published anchor has them."""
+        for seq in [seq for seq in self._receipts if seq <= up_to]:
+            receipt = self._receipts.pop(seq)
+            self._performed.discard((receipt.operation, receipt.memo))
+        self._batch.rows[_DROP_RECEIPTS].append((up_to,))
+
+    def put_meta(self, name: str, value: bytes) -> None:
+        """Keep a value under a name in place of the one before."""
+        if name == _BOOK:
+            raise ValueError("the book is not the caller's to write")
+        self._add(_PUT_META, "meta", name, value)
+        self._meta[name] = value
+
+    async def flush(self) -> None:
+        """Return when everything so far is on the disk; VaultError if it cannot be."""
+        batch = self._committing if self._batch.empty else self._batch
+        self.nudge()
+        if batch is not None:
+            await batch.done.wait()
+        self._check()
+
+    def nudge(self) -> None:
+        """See that everything so far is committed soon, without waiting for it."""
+        self._check()
+        if not self._batch.empty:
+            self._batch.wanted = True
+            if self._committing is None:
+                self._start()
+
+    def close(self) -> None:
+        """Commit what is left and close. Nothing may be waiting in `begin` or `flush`."""
+        if self._writer is not None:
+            self._jobs.put(None)
+            self._writer.join()
+        with closing(self._database):
+            if self._broken is None and not self._batch.empty:
+                self._execute(self._batch)
+                self._database.execute("COMMIT")
+
+    # Inside: batches.
+
+    def _add(self, statement: str, table: str, name: int | str, row: bytes) -> None:
+        self._check()
+        self._batch.rows[statement].append((name, self._seal(table, name, row)))
+
+    def _drop(self, pending: Pending, *inputs: Held) -> None:
+        self._batch.rows[_DROP_PENDING].append((pending.number,))
+        self._batch.rows[_DROP_CREDENTIAL].extend((one.number,) for one in inputs)
+
+    def _keep_receipt(self, operation: Operation, memo: bytes) -> None:
+        self._last_receipt += 1
+        receipt = Receipt(self._last_receipt, operation, memo)
+        self._add(_ADD_RECEIPT, "receipts", receipt.seq, rows.pack_receipt(operation, memo))
+        self._receipts[receipt.seq] = receipt
+        self._performed.add((operation, memo))
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+
+    def _start(self) -> None:
+        self._committing, self._batch = self._batch, _Batch()
+        if self._writer is None:
+            token = trio.lowlevel.current_trio_token()
+            self._writer = threading.Thread(target=self._write, args=(token,), daemon=True)
+            self._writer.start()
+        try:
+            self._execute(self._committing)
+        except sqlite3.Error as error:
+            self._committed(self._committing, error)
+        else:
+            self._jobs.put(self._committing)
+
+    def _execute(self, batch: _Batch) -> None:
+        if batch.book is not None:
+            sealed = self._seal("meta", _BOOK, rows.pack_book(batch.book))
+            batch.rows[_PUT_META].append((_BOOK, sealed))
+        self._database.execute("BEGIN IMMEDIATE")
+        for statement, values in batch.rows.items():
+            if values:
+                self._database.executemany(statement, values)
+
+    def _write(self, token: trio.lowlevel.TrioToken) -> None:
+        while (batch := self._jobs.get()) is not None:
+            failure = self._commit()
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(self._committed, batch, failure)
+
+    def _commit(self) -> sqlite3.Error | None:
+        try:
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            return error
+        return None
+
+    def _committed(self, batch: _Batch, failure: sqlite3.Error | None) -> None:
+        self._committing = None
+        batch.done.set()
+        if failure is not None:
+            self._break(failure)
+        elif self._batch.wanted:
+            self._start()
+
+    def _break(self, failure: sqlite3.Error) -> None:
+        self._broken = VaultError(
+            f"the wallet's journal cannot be written: {failure}",
+            "nothing is lost; see to the disk and start again",
+        )
+        self._batch.done.set()
+
+    # Inside: rows.
+
+    def _read(self, table: str) -> Iterator[tuple[Any, bytes]]:
+        for name, sealed in self._database.execute(f"SELECT * FROM {table} ORDER BY 1"):
+            yield name, self._open(table, name, sealed)
+
+    def _read_receipts(self) -> Iterator[tuple[int, tuple[Operation, bytes]]]:
+        return ((seq, rows.unpack_receipt(row)) for seq, row in self._read("receipts"))
+
+    def _seal(self, table: str, name: int | str, row: bytes) -> bytes:
+        nonce = self._rng(_NONCE)
+        return nonce + self._cipher.encrypt(nonce, row, f"{table}/{name}".encode())
+
+    def _open(self, table: str, name: int | str, sealed: bytes) -> bytes:
+        associated = f"{table}/{name}".encode()
+        try:
+            return self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], associated)
+        except (InvalidTag, ValueError) as error:
+            raise _damaged() from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        _prepare(database)
+    except sqlite3.OperationalError as error:
+        database.close()
+        raise AlreadyInUse("another process has this wallet open", "stop it first") from error
+    except sqlite3.DatabaseError as error:
+        database.close()
+        raise _damaged() from error
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _prepare(database: sqlite3.Connection) -> None:
+    # Exclusive locking before WAL keeps the WAL's index in memory and others out of the file.
+    for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
+        database.execute(f"PRAGMA {pragma}").fetchall()
+    database.execute("BEGIN IMMEDIATE")
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    database.execute("ROLLBACK")
+    if version > FORMAT:
+        raise NewerFormat(
+            f"the wallet's journal has format {version}; this program knows {FORMAT}",
+            "install the newer hpkvfs",
+        )
+    if version == 0:
+        database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+
+
+def _damaged() -> VaultError:
+    return VaultError(
+        "the wallet's journal is damaged, or of another vault",
+        "restore the state directory, or recover the vault from its words",
+    )

@@ -1,0 +1,82 @@
+"""The rows of the wallet's journal, before they are sealed: canonical msgpack, or fixed bytes.
+
+    credentials   epoch (32 B) || Credential.encode()
+    pendings      [epoch, [input number...],
+                   [[operation, delta, fingerprint, secrets, body]...], memo]
+    receipts      [operation, memo]
+    book          [bought, refunded, spent]
+
+Reading raises ValueError, LookupError, TypeError or protocol.errors.Malformed for anything
+else; the rows come out of a sealed file, so that only a bug of ours could make one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple
+from typing import Any, Final, cast
+
+from hpkvfs.protocol import codec
+from hpkvfs.protocol.credential import Credential
+from hpkvfs.protocol.tariff import Operation
+from hpkvfs.wallet.wallet import Attempt, Book, Held, Pending
+
+_EPOCH: Final = 32
+
+
+def pack_held(held: Held) -> bytes:
+    """A row of `credentials`."""
+    return held.epoch + held.credential.encode()
+
+
+def unpack_held(number: int, row: bytes) -> Held:
+    """Inverse of pack_held."""
+    return Held(number, row[:_EPOCH], Credential.decode(row[_EPOCH:]))
+
+
+def pack_pending(pending: Pending) -> bytes:
+    """A row of `pendings`; its inputs stay in `credentials` and are named here."""
+    inputs = [held.number for held in pending.inputs]
+    attempts = [
+        [one.operation, one.delta, one.fingerprint, one.secrets, one.body]
+        for one in pending.attempts
+    ]
+    return codec.pack([pending.epoch, inputs, attempts, pending.memo])
+
+
+def unpack_pending(number: int, row: bytes, held: Mapping[int, Held]) -> Pending:
+    """Inverse of pack_pending, given the rows of `credentials` by number."""
+    epoch, inputs, attempts, memo = _array(row)
+    return Pending(
+        number,
+        epoch,
+        tuple(held[one] for one in inputs),
+        tuple(Attempt(Operation(operation), *rest) for operation, *rest in attempts),
+        memo,
+    )
+
+
+def pack_receipt(operation: Operation, memo: bytes) -> bytes:
+    """A row of `receipts`."""
+    return codec.pack([operation, memo])
+
+
+def unpack_receipt(row: bytes) -> tuple[Operation, bytes]:
+    """Inverse of pack_receipt."""
+    operation, memo = _array(row)
+    return Operation(operation), memo
+
+
+def pack_book(book: Book) -> bytes:
+    """The book, kept in `meta`."""
+    return codec.pack(astuple(book))
+
+
+def unpack_book(row: bytes) -> Book:
+    """Inverse of pack_book."""
+    bought, refunded, spent = _array(row)
+    return Book(bought, refunded, spent)
+
+
+def _array(row: bytes) -> list[Any]:
+    return cast("list[Any]", codec.unpack(row))

@@ -1,0 +1,307 @@
+"""What the client owns and what it has asked for: the wallet's states, without any I/O.
+
+    Held --select--> Selection --begin--> Pending --settle--> Settled (two new Held)
+     ^                   |                   |
+     +----- put_back ----+----- release -----+    only while no byte of it has left
+
+A Pending is its inputs and the one or two requests made with them. The first is the operation
+itself. If its answer never comes it is not known whether it was performed; then the second, a
+reissue of the same inputs, is made: the server performs only one of the two, and either answer
+tells which (net/store.py). So the outputs of one of the two, and only one, will be held.
+
+Invariants, between any two calls:
+  - a credential is in one place only: held, set aside by a Selection, or in one Pending;
+  - bought + refunded == held + pending + spent, what is set aside counting as held;
+  - credentials of two epochs are never in one Selection.
+
+Nothing here is durable: the journal records each Pending before it is spoken of to anyone, and
+each Settled after (wallet/journal.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from hpkvfs.errors import EmptyWallet
+from hpkvfs.protocol.credential import Credential
+from hpkvfs.protocol.tariff import Operation
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A credential that can be spent; `number` names it in the journal."""
+
+    number: int
+    epoch: bytes
+    credential: Credential = field(repr=False)
+
+    @property
+    def amount(self) -> int:
+        """Its worth in tokens."""
+        return self.credential.amount
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A request that may have reached the server, and what it takes to use the answer.
+
+    `secrets` is Draft.encode(). `body` is the request itself, for requests that are repeated
+    after a restart, and empty for those that are then resolved by a reissue.
+    """
+
+    operation: Operation
+    delta: int
+    fingerprint: bytes
+    secrets: bytes = field(repr=False)
+    body: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Inputs of which it is not known yet which attempt spent them; none for new credentials."""
+
+    number: int
+    epoch: bytes
+    inputs: tuple[Held, ...]
+    attempts: tuple[Attempt, ...]
+    memo: bytes = b""
+
+    @property
+    def amount(self) -> int:
+        """Tokens in it: the sum of its inputs."""
+        return sum(held.amount for held in self.inputs)
+
+    def attempt(self, fingerprint: bytes) -> Attempt | None:
+        """The attempt with this fingerprint, if there is one."""
+        return next((one for one in self.attempts if one.fingerprint == fingerprint), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A pending whose outcome is known: `attempt` was performed and gave `outputs`."""
+
+    pending: Pending
+    attempt: Attempt
+    outputs: tuple[Held, ...]
+
+
+State: TypeAlias = Held | Pending | Settled
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Two credentials set aside, and the amounts of the two that shall replace them.
+
+    `merges` says that they cannot pay alone: reissue them as these amounts, then select again.
+    """
+
+    epoch: bytes
+    inputs: tuple[Held, Held]
+    amounts: tuple[int, int]
+    merges: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Book:
+    """Tokens ever bought, refunded and spent."""
+
+    bought: int = 0
+    refunded: int = 0
+    spent: int = 0
+
+    def entered(self, operation: Operation, delta: int) -> Book:
+        """The book after one performed operation."""
+        if operation is Operation.ISSUE:
+            return replace(self, bought=self.bought + delta)
+        if delta > 0:
+            return replace(self, refunded=self.refunded + delta)
+        return replace(self, spent=self.spent - delta)
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """Tokens that can be spent now, and tokens whose request is not settled yet."""
+
+    held: int
+    pending: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.held + self.pending
+
+
+@dataclass(frozen=True, slots=True)
+class Conservation:
+    """The sum that no crash and no lost answer may change."""
+
+    book: Book
+    balance: Balance
+
+    @property
+    def holds(self) -> bool:
+        """Whether bought + refunded == held + pending + spent."""
+        book = self.book
+        return book.bought + book.refunded == self.balance.total + book.spent
+
+
+def split(total: int, whole: int) -> tuple[int, int]:
+    """Two amounts that make `total`: halves, unless a half would be less than `whole`.
+
+    With `whole` the dearest price, each half pays any operation alone, so halves serve two
+    operations at once; smaller halves would only scatter a small balance.
+    """
+    if total >= 2 * whole:
+        return total - total // 2, total // 2
+    return total, 0
+
+
+class Wallet:
+    """All credentials and pendings of one vault; starts from what the journal holds."""
+
+    def __init__(
+        self,
+        held: Iterable[Held] = (),
+        pending: Iterable[Pending] = (),
+        book: Book = Book(),
+    ) -> None:
+        self.book = book
+        self.pending: dict[int, Pending] = {one.number: one for one in pending}
+        self._pools: dict[bytes, list[Held]] = {}
+        self._aside: dict[int, Held] = {}
+        taken = {one.number: one for pending in self.pending.values() for one in pending.inputs}
+        everything = [*held, *taken.values()]
+        self._last = max([0, *self.pending, *(one.number for one in everything)])
+        for one in everything:
+            if one.number not in taken:
+                self._add(one)
+
+    # Where the tokens are.
+
+    @property
+    def balance(self) -> Balance:
+        """What can be spent now (with what is set aside), and what is pending."""
+        held = sum(self.worth(epoch) for epoch in self._pools)
+        aside = sum(one.amount for one in self._aside.values())
+        return Balance(held + aside, sum(one.amount for one in self.pending.values()))
+
+    @property
+    def conservation(self) -> Conservation:
+        """The sum that must hold between any two calls."""
+        return Conservation(self.book, self.balance)
+
+    @property
+    def size(self) -> int:
+        """How many credentials there are, counting two for each pending."""
+        return len(self._aside) + 2 * len(self.pending) + sum(map(len, self._pools.values()))
+
+    def worth(self, epoch: bytes) -> int:
+        """Tokens of one epoch that are held and not set aside."""
+        return sum(one.amount for one in self._pools.get(epoch, ()))
+
+    def held(self) -> list[Held]:
+        """Every held credential that is not set aside."""
+        return [one for pool in self._pools.values() for one in pool]
+
+    # Transitions.
+
+    def select(self, epoch: bytes, delta: int, whole: int) -> Selection | None:
+        """Set two credentials aside for an operation that adds `delta` to them.
+
+        The richest goes with the poorest that suffices, so that amounts even out and small
+        ones disappear. None: only credentials now in flight could pay, so wait for a change.
+        EmptyWallet: not even those could. `whole`: see `split`.
+        """
+        pool = self._pools.get(epoch, [])
+        cost = max(0, -delta)
+        if len(pool) >= 2 and pool[-1].amount + pool[-2].amount >= cost:
+            return self._pair(epoch, cost, delta, whole)
+        if len(pool) >= 2 and self.worth(epoch) >= cost:
+            inputs = self._set_aside(pool, len(pool) - 2)
+            return Selection(epoch, inputs, (inputs[0].amount + inputs[1].amount, 0), True)
+        if self._could_pay(epoch, cost):
+            return None
+        raise EmptyWallet(
+            f"the operation costs {cost} tokens and the wallet has {self.balance.total}",
+            "redeem a voucher",
+        )
+
+    def put_back(self, selection: Selection) -> None:
+        """Undo a selection of which nothing has been journalled."""
+        for one in selection.inputs:
+            self._add(self._aside.pop(one.number))
+
+    def begin(
+        self, epoch: bytes, inputs: Sequence[Held], attempt: Attempt, memo: bytes = b""
+    ) -> Pending:
+        """Selected inputs (or none, for new credentials) become those of a pending.
+
+        It must be durable before a byte of the attempt leaves.
+        """
+        for one in inputs:
+            del self._aside[one.number]
+        pending = Pending(self._number(), epoch, tuple(inputs), (attempt,), memo)
+        self.pending[pending.number] = pending
+        return pending
+
+    def retry(self, pending: Pending, attempt: Attempt) -> Pending:
+        """A second attempt with the same inputs; to be durable before a byte of it leaves."""
+        if len(pending.attempts) != 1:
+            raise ValueError("a pending has one attempt or two")
+        both = replace(pending, attempts=(*pending.attempts, attempt))
+        self.pending[pending.number] = both
+        return both
+
+    def settle(
+        self, pending: Pending, attempt: Attempt, outputs: tuple[Credential, Credential]
+    ) -> Settled:
+        """The attempt was performed, which these credentials of the issuer prove."""
+        if sum(one.amount for one in outputs) != pending.amount + attempt.delta:
+            raise ValueError("a settlement that does not balance")
+        del self.pending[pending.number]
+        self.book = self.book.entered(attempt.operation, attempt.delta)
+        held = tuple(Held(self._number(), pending.epoch, one) for one in outputs)
+        for one in held:
+            self._add(one)
+        return Settled(pending, attempt, held)
+
+    def release(self, pending: Pending) -> None:
+        """No byte of it was ever sent, or it has no inputs and was refused: undo it."""
+        del self.pending[pending.number]
+        for one in pending.inputs:
+            self._add(one)
+
+    def _pair(self, epoch: bytes, cost: int, delta: int, whole: int) -> Selection:
+        pool = self._pools[epoch]
+        enough = bisect_left(pool, cost - pool[-1].amount, key=_amount)
+        rich, poor = self._set_aside(pool, min(enough, len(pool) - 2))
+        amounts = split(rich.amount + poor.amount + delta, whole)
+        return Selection(epoch, (rich, poor), amounts, False)
+
+    def _set_aside(self, pool: list[Held], poor: int) -> tuple[Held, Held]:
+        pair = pool.pop(), pool.pop(poor)
+        self._aside.update((one.number, one) for one in pair)
+        return pair
+
+    def _could_pay(self, epoch: bytes, cost: int) -> bool:
+        moving = [one for one in self._aside.values() if one.epoch == epoch]
+        pending = [one for one in self.pending.values() if one.epoch == epoch]
+        coming = sum(
+            max(one.amount, *(one.amount + a.delta for a in one.attempts)) for one in pending
+        )
+        worth = self.worth(epoch) + coming + sum(one.amount for one in moving)
+        return bool(moving or pending) and worth >= cost
+
+    def _add(self, held: Held) -> None:
+        insort(self._pools.setdefault(held.epoch, []), held, key=_amount)
+
+    def _number(self) -> int:
+        self._last += 1
+        return self._last
+
+
+def _amount(held: Held) -> int:
+    return held.credential.amount

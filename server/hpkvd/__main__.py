@@ -1,0 +1,5 @@
+"""`python -m hpkvd` is the command `hpkvd`."""
+
+from hpkvd.cli import main
+
+main()

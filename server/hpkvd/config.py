@@ -1,0 +1,121 @@
+"""hpkvd.toml in the data directory: written by `hpkvd init`, edited by the operator.
+
+Anything unknown or of the wrong type in it is an error: a setting that is misspelt must not be
+one that is silently ignored.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from hpkvd.service import Limits
+from hpkvfs.protocol.tariff import Tariff
+
+FILE: Final = "hpkvd.toml"
+LEDGER: Final = "ledger.sqlite"
+EPOCHS: Final = "epochs"
+
+TEMPLATE: Final = """\
+# hpkvd: settings, read when the server starts.
+
+# Where to listen. Keep it on loopback, behind a Tor onion service.
+listen = "{listen}"
+
+# Free disk space, in MiB, that insertions leave for look-ups, deletions and refunds.
+reserve_mib = {reserve_mib}
+
+# Prices in tokens. They belong to an epoch: a change takes effect with the next one.
+[tariff]
+look_up = {look_up}
+insert = {insert}
+refund = {refund}
+
+[limits]
+connections = {connections}      # at a time
+seconds = {seconds}            # for a request to arrive, and for a reply to leave
+stop_seconds = {stop_seconds}       # for the last answers when the server is stopped
+"""
+
+T = TypeVar("T", Tariff, Limits)
+
+
+class ConfigError(Exception):
+    """The settings cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What hpkvd.toml says."""
+
+    listen: str = "127.0.0.1:7387"
+    reserve_mib: int = 64
+    tariff: Tariff = field(default_factory=Tariff)
+    limits: Limits = field(default_factory=Limits)
+
+    def render(self) -> str:
+        """The file that load reads as this."""
+        tables = {one.name: getattr(self.tariff, one.name) for one in fields(Tariff)}
+        tables |= {one.name: getattr(self.limits, one.name) for one in fields(Limits)}
+        return TEMPLATE.format(listen=self.listen, reserve_mib=self.reserve_mib, **tables)
+
+
+def load(data: Path) -> Config:
+    """The settings of a data directory; ConfigError if it has none or they are wrong."""
+    path = data / FILE
+    try:
+        table = tomllib.loads(path.read_text())
+        return _config(table)
+    except FileNotFoundError:
+        raise ConfigError(f"{data} has no {FILE}; run `hpkvd init --data {data}` first") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def address(text: str) -> tuple[str, int]:
+    """`HOST:PORT` (brackets around an IPv6 host) in two; ConfigError for other text."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"`{text}` is not an address; write HOST:PORT, as in 127.0.0.1:7387")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _config(table: dict[str, Any]) -> Config:
+    defaults = Config()
+    config = Config(
+        listen=_take(table, "listen", defaults.listen),
+        reserve_mib=_take(table, "reserve_mib", defaults.reserve_mib),
+        tariff=_section(table, "tariff", defaults.tariff),
+        limits=_section(table, "limits", defaults.limits),
+    )
+    _refuse_rest(table)
+    address(config.listen)
+    if config.reserve_mib < 0 or config.limits.connections < 1 or config.limits.seconds <= 0:
+        raise ConfigError("reserve_mib cannot be negative, nor any limit zero")
+    return config
+
+
+def _section(table: dict[str, Any], name: str, defaults: T) -> T:
+    section: dict[str, Any] = _take(table, name, {})
+    names = [one.name for one in fields(defaults)]
+    values = {one: _take(section, one, getattr(defaults, one)) for one in names}
+    _refuse_rest(section)
+    return type(defaults)(**values)
+
+
+def _take(table: dict[str, Any], name: str, default: Any) -> Any:
+    value = table.pop(name, default)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise ConfigError(f"`{name}` must be of type {type(default).__name__}")
+    return value
+
+
+def _refuse_rest(table: dict[str, Any]) -> None:
+    if table:
+        raise ConfigError(f"there is no setting `{next(iter(table))}`; remove it")

@@ -1,0 +1,38 @@
+"""What the server tells its operator: counts and kinds of trouble, on standard error.
+
+Never a key, serial, voucher, address, size or anything else that links requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final
+
+QUIET_SECONDS: Final = 60.0
+
+_log = logging.getLogger("hpkvd")
+
+
+def start() -> None:
+    """Send what is told to standard error, one line each."""
+    logging.basicConfig(format="hpkvd: %(message)s", level=logging.INFO)
+
+
+def tell(message: str) -> None:
+    """One line about the server's life."""
+    _log.info(message)
+
+
+class Complaints:
+    """Errors, each kind at most once a minute: a full disk must not fill a log as well."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+
+    def complain(self, message: str) -> None:
+        """Tell of an error, unless the same was told less than QUIET_SECONDS ago."""
+        now = time.monotonic()
+        if now - self._last.get(message, -QUIET_SECONDS) >= QUIET_SECONDS:
+            self._last[message] = now
+            _log.error(message)

@@ -1,0 +1,91 @@
+"""A whole server in this process, and stores that talk to it over a Wire."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from hpkvd.epochs import Epoch, Epochs, first_epoch
+from hpkvd.handler import Handler
+from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.payments import vouchers
+from hpkvfs.net.store import RemoteStore
+from hpkvfs.protocol.tariff import Tariff
+from tests.doubles import FailingJournal, Wire
+
+KEY = bytes(range(32))
+
+
+@cache
+def epoch_one() -> Epoch:
+    """One issuer for all tests: making one takes a while."""
+    return first_epoch(Tariff(), secrets.token_bytes)
+
+
+@dataclass
+class World:
+    """A server with its ledger, and one client's disk."""
+
+    directory: Path
+    ledger: SqliteLedger
+    wire: Wire
+    journals: list[FailingJournal] = field(default_factory=list)
+
+    def voucher(self, amount: int) -> str:
+        """The text of a new voucher."""
+        return str(vouchers.make(self.ledger, amount, 1, secrets.token_bytes)[0])
+
+    def client(
+        self, *, patience: float = 0.5, max_in_flight: int = 4, name: str = "wallet"
+    ) -> RemoteStore:
+        """A store over this client's journal; the last in `journals` is its."""
+        journal = FailingJournal(self.directory / name, KEY, secrets.token_bytes)
+        self.journals.append(journal)
+        return RemoteStore(
+            journal,
+            self.wire,
+            secrets.token_bytes,
+            patience=patience,
+            max_in_flight=max_in_flight,
+        )
+
+    def kill(self) -> None:
+        """The client dies: what its journal had not committed is gone."""
+        self.journals.pop().die()
+
+    async def rich_client(self, amount: int = 10_000, **options: float) -> RemoteStore:
+        """A store that has redeemed a voucher."""
+        store = self.client(**options)  # type: ignore[arg-type]  # options of client()
+        await store.redeem(self.voucher(amount))
+        return store
+
+    def assert_conserved(self, store: RemoteStore) -> None:
+        """No token lost or made, on either side, with nothing pending."""
+        sums, totals = store.conservation, self.ledger.totals()
+        assert sums.holds
+        assert sums.balance.pending == 0
+        assert sums.balance.total == totals.outstanding
+        book = (sums.book.bought, sums.book.spent, sums.book.refunded)
+        assert book == (totals.issued, totals.charged, totals.refunded)
+
+
+@asynccontextmanager
+async def running(directory: Path) -> AsyncIterator[World]:
+    """A server on a ledger in this directory."""
+    SqliteLedger.create(directory / "ledger")
+    ledger = SqliteLedger(directory / "ledger", reserve=0)
+    try:
+        async with ledger.serving():
+            handler = Handler(Epochs([epoch_one()]), ledger)
+            world = World(directory, ledger, Wire(handler.answer))
+            try:
+                yield world
+            finally:
+                for journal in world.journals:
+                    journal.die()
+    finally:
+        ledger.close()

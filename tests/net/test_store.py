@@ -1,0 +1,567 @@
+"""RemoteStore against a real server in this process, over wires that fail and servers that lie."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from hpkvd.epochs import Epoch, Epochs, first_epoch
+from hpkvd.handler import Handler
+from hpkvfs.errors import (
+    EmptyWallet,
+    KeyAbsent,
+    KeyExists,
+    Misbehaviour,
+    Refusal,
+    Unreachable,
+    UserError,
+    VaultError,
+)
+from hpkvfs.net.transport import NoReply
+from hpkvfs.protocol import messages
+from hpkvfs.protocol.codec import REPLY_SIZE
+from hpkvfs.protocol.credential import Issuer, IssuerParameters, parse
+from hpkvfs.protocol.epoch import EpochParameters
+from hpkvfs.protocol.group import SigningKey
+from hpkvfs.protocol.messages import Done, Reason, Refused, Spent, StoredFact, decode_request
+from hpkvfs.protocol.tariff import Operation, Tariff
+from hpkvfs.types import BlobStore
+from hpkvfs.wallet.journal import Receipt
+from tests.doubles import Fault, MemoryStore
+from tests.net.harness import World, epoch_one, running
+from tests.store_contract import CONTRACT, memo_of, new_blob
+
+LOSSES = [Fault.LOSE_REQUEST, Fault.LOSE_REPLY, Fault.BREAK_REPLY, Fault.LATE]
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with running(tmp_path) as world:
+        yield world
+
+
+def operations(world: World) -> list[Operation]:
+    return [decode_request(frame).operation for frame in world.wire.frames]
+
+
+# The contract, by both stores.
+
+
+@pytest.mark.parametrize("check", CONTRACT)
+async def test_contract_in_memory(check: Callable[[BlobStore], Awaitable[None]]) -> None:
+    await check(MemoryStore())
+
+
+@pytest.mark.parametrize("check", CONTRACT)
+async def test_contract_remote(world: World, check: Callable[[BlobStore], Awaitable[None]]) -> None:
+    store = await world.rich_client()
+    await check(store)
+    world.assert_conserved(store)
+
+
+# Money.
+
+
+async def test_operations_cost_what_the_tariff_says(world: World) -> None:
+    store = await world.rich_client(100)
+    signer, blob = new_blob()
+    await store.insert(signer.public, blob, b"")
+    assert store.balance.total == 90
+    await store.look_up(signer.public)
+    assert store.balance.total == 89
+    await store.delete(signer, hashlib.sha256(blob).digest(), b"")
+    assert store.balance.total == 97
+    world.assert_conserved(store)
+
+
+async def test_the_last_token_can_be_spent(world: World) -> None:
+    """However the balance is scattered, what it can pay for can be had."""
+    store = await world.rich_client(43)
+    await store.prime()
+    for _ in range(4):
+        await store.insert(new_blob()[0].public, new_blob()[1], b"")
+    for _ in range(3):
+        await store.look_up(new_blob()[0].public)
+    with pytest.raises(EmptyWallet):
+        await store.look_up(new_blob()[0].public)
+    assert store.balance.total == 0
+    world.assert_conserved(store)
+
+
+async def test_small_credentials_are_merged(world: World) -> None:
+    store = world.client()
+    for _ in range(5):
+        await store.redeem(world.voucher(3))
+    signer, blob = new_blob()
+    await store.insert(signer.public, blob, b"")
+    assert Operation.REISSUE in operations(world)
+    assert store.balance.total == 5
+    world.assert_conserved(store)
+
+
+async def test_many_calls_share_a_balance_that_pays_for_few(world: World) -> None:
+    store = await world.rich_client(55)
+    failures = []
+
+    async def insert() -> None:
+        signer, blob = new_blob()
+        try:
+            await store.insert(signer.public, blob, b"")
+        except EmptyWallet as failure:
+            failures.append(failure)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(insert)
+    assert len(failures) == 3
+    assert store.balance.total == 5
+    world.assert_conserved(store)
+
+
+async def test_without_tokens(world: World) -> None:
+    store = world.client()
+    with pytest.raises(EmptyWallet):
+        await store.look_up(new_blob()[0].public)
+
+
+async def test_a_voucher_is_redeemed_once(world: World) -> None:
+    text = world.voucher(500)
+    store = world.client()
+    assert await store.redeem(text) == 500
+    with pytest.raises(UserError):
+        await store.redeem(text)
+    assert store.balance.total == 500
+    world.assert_conserved(store)
+
+
+@pytest.mark.parametrize("text", ["", "hpkv1-5", "hpkv1-0-" + "a" * 32, "hpkv1-9-" + "a" * 32])
+async def test_vouchers_that_buy_nothing(world: World, text: str) -> None:
+    store = world.client()
+    with pytest.raises(UserError):
+        await store.redeem(text)
+    assert store.balance.total == 0 and store.conservation.holds
+
+
+async def test_calls_in_flight_are_bounded(world: World) -> None:
+    store = await world.rich_client(max_in_flight=3)
+    most = now = 0
+    answer = world.wire.answer
+
+    async def counting(frame: bytes) -> bytes:
+        nonlocal most, now
+        now += 1
+        most = max(most, now)
+        await trio.sleep(0.01)
+        now -= 1
+        return await answer(frame)
+
+    world.wire.answer = counting
+    async with trio.open_nursery() as nursery:
+        for _ in range(12):
+            nursery.start_soon(store.look_up, new_blob()[0].public)
+    assert most == 3
+
+
+async def test_prime_makes_credentials_for_free(world: World) -> None:
+    store = await world.rich_client(max_in_flight=6)
+    world.wire.frames.clear()
+    await store.prime()
+    assert operations(world) == [Operation.REISSUE] * 5
+    await store.prime()
+    assert len(world.wire.frames) == 5
+    world.assert_conserved(store)
+
+
+# Lost, late and doubled messages.
+
+
+@pytest.mark.parametrize("fault", [*LOSSES, Fault.NO_ROUTE, Fault.DUPLICATE])
+async def test_one_fault_is_not_noticed(world: World, fault: Fault) -> None:
+    store = await world.rich_client(patience=5)
+    signer, blob = new_blob()
+    digest = hashlib.sha256(blob).digest()
+    world.wire.faults.append(fault)
+    await store.insert(signer.public, blob, memo_of(blob))
+    world.wire.faults.append(fault)
+    assert await store.look_up(signer.public) == blob
+    world.wire.faults.append(fault)
+    await store.delete(signer, digest, memo_of(blob))
+    await world.wire.deliver_late()
+    assert store.balance.total == 10_000 - 10 - 1 + 8
+    world.assert_conserved(store)
+
+
+async def test_a_retry_sends_the_same_frame(world: World) -> None:
+    store = await world.rich_client(patience=5)
+    world.wire.faults.extend([Fault.LOSE_REPLY, Fault.LOSE_REQUEST])
+    world.wire.frames.clear()
+    await store.look_up(new_blob()[0].public)
+    assert len(world.wire.frames) == 3 and len(set(world.wire.frames)) == 1
+
+
+async def test_a_call_that_never_left_leaves_nothing_pending(world: World) -> None:
+    store = await world.rich_client()
+    world.wire.down = True
+    with pytest.raises(Unreachable) as caught:
+        await store.look_up(new_blob()[0].public)
+    assert isinstance(caught.value, NoReply) and not caught.value.sent
+    assert store.balance.pending == 0 and store.balance.total == 10_000
+    world.wire.down = False
+    await store.look_up(new_blob()[0].public)
+    world.assert_conserved(store)
+
+
+@pytest.mark.parametrize("fault", LOSSES)
+async def test_giving_up_and_trying_again(world: World, fault: Fault) -> None:
+    """An insert that failed may have been performed; repeated, it succeeds and is paid once."""
+    store = await world.rich_client()
+    signer, blob = new_blob()
+    world.wire.faults.extend([fault] * 20)
+    with pytest.raises(Unreachable):
+        await store.insert(signer.public, blob, memo_of(blob))
+    assert store.balance.pending > 0 and store.conservation.holds
+    world.wire.faults.clear()
+    await store.insert(signer.public, blob, memo_of(blob))
+    await world.wire.deliver_late()
+    assert await store.look_up(signer.public) == blob
+    assert store.balance.total == 10_000 - 11
+    world.assert_conserved(store)
+
+
+async def test_a_request_delivered_after_its_resolution_does_nothing(world: World) -> None:
+    store = await world.rich_client()
+    signer, blob = new_blob()
+    world.wire.faults.extend([Fault.LATE] * 20)
+    with pytest.raises(Unreachable):
+        await store.insert(signer.public, blob, memo_of(blob))
+    world.wire.faults.clear()
+    assert await store.recover() == []
+    await world.wire.deliver_late()
+    assert await store.look_up(signer.public) is None
+    world.assert_conserved(store)
+
+
+async def test_a_cancelled_call_is_resolved_in_the_background(world: World) -> None:
+    store = await world.rich_client()
+    signer, blob = new_blob()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.run)
+        world.wire.faults.append(Fault.HANG)
+        with trio.move_on_after(0.2):
+            await store.insert(signer.public, blob, memo_of(blob))
+        with trio.fail_after(5):
+            while store.balance.pending:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert [receipt.memo for receipt in await store.recover()] == [memo_of(blob)]
+    world.assert_conserved(store)
+
+
+async def test_tokens_of_a_stranded_request_are_freed_when_needed(world: World) -> None:
+    store = await world.rich_client(15)
+    world.wire.faults.extend([Fault.LOSE_REQUEST] * 20)
+    with pytest.raises(Unreachable):
+        await store.look_up(new_blob()[0].public)
+    world.wire.faults.clear()
+    signer, blob = new_blob()
+    await store.insert(signer.public, blob, b"")
+    world.assert_conserved(store)
+
+
+async def test_no_serial_is_shown_for_two_operations(world: World) -> None:
+    """Reuse would tell the server that one client asked for both."""
+    store = await world.rich_client(200)
+    signer, blob = new_blob()
+    await store.insert(signer.public, blob, b"")
+    for _ in range(3):
+        with pytest.raises(KeyExists):
+            await store.insert(signer.public, blob, b"")
+        with pytest.raises(KeyAbsent):
+            await store.delete(signer, bytes(32), b"")
+    shown: dict[bytes, set[Operation]] = {}
+    for frame in world.wire.frames:
+        request = decode_request(frame)
+        if isinstance(request, messages.ParametersRequest) or not request.presented:
+            continue
+        for serial in parse(request.credentials, 2).serials:
+            shown.setdefault(serial, set()).add(request.operation)
+    assert all(len(what - {Operation.REISSUE}) <= 1 for what in shown.values())
+    world.assert_conserved(store)
+
+
+# Crashes.
+
+
+async def there_and_back(store: BlobStore, signer: SigningKey, blob: bytes) -> None:
+    """An insert and a delete, as a volume repeats them until they are done."""
+    await store.insert(signer.public, blob, memo_of(blob))
+    await store.delete(signer, hashlib.sha256(blob).digest(), memo_of(blob))
+
+
+@pytest.mark.parametrize("keeps_last", [False, True])
+@pytest.mark.parametrize("commits", range(4))
+async def test_a_crash_at_each_commit(world: World, commits: int, keeps_last: bool) -> None:
+    store = await world.rich_client()
+    await world.journals[-1].flush()
+    signer, blob = new_blob()
+    world.journals[-1].commits_left, world.journals[-1].keeps_last = commits, keeps_last
+    with contextlib.suppress(VaultError):
+        await there_and_back(store, signer, blob)
+    world.kill()
+    store = world.client()
+    receipts = await store.recover()
+    stored = await store.look_up(signer.public)
+    inserted, deleted = (has(receipts, operation, blob) for operation in (INSERT, DELETE))
+    assert (stored == blob) == (inserted and not deleted)
+    await there_and_back(store, signer, blob)
+    assert store.balance.total == 10_000 - 10 - 1 + 8
+    world.assert_conserved(store)
+
+
+INSERT, DELETE = Operation.INSERT, Operation.DELETE
+
+
+def has(receipts: list[Receipt], operation: Operation, blob: bytes) -> bool:
+    return any((one.operation, one.memo) == (operation, memo_of(blob)) for one in receipts)
+
+
+@pytest.mark.parametrize("fault", [*LOSSES, Fault.HANG])
+async def test_a_crash_in_flight(world: World, fault: Fault) -> None:
+    store = await world.rich_client()
+    signer, blob = new_blob()
+    world.wire.faults.extend([fault] * 20)
+    with trio.move_on_after(0.1):
+        await store.insert(signer.public, blob, memo_of(blob))
+    world.kill()
+    world.wire.faults.clear()
+    store = world.client()
+    assert store.balance.pending > 0 and store.conservation.holds
+    receipts = await store.recover()
+    await world.wire.deliver_late()
+    assert (await store.look_up(signer.public) == blob) == has(receipts, INSERT, blob)
+    assert has(receipts, INSERT, blob) == (fault not in (Fault.LOSE_REQUEST, Fault.LATE))
+    world.assert_conserved(store)
+
+
+@pytest.mark.parametrize("fault", LOSSES)
+async def test_a_crash_while_resolving(world: World, fault: Fault) -> None:
+    store = await world.rich_client()
+    world.wire.faults.append(Fault.HANG)
+    with trio.move_on_after(0.1):
+        await store.look_up(new_blob()[0].public)
+    for _ in range(2):
+        world.kill()
+        store = world.client()
+        world.wire.faults.extend([fault] * 20)
+        with pytest.raises(Unreachable):
+            await store.recover()
+        world.wire.faults.clear()
+        await world.wire.deliver_late()
+    await store.recover()
+    assert store.balance.total == 9_999
+    world.assert_conserved(store)
+
+
+@pytest.mark.parametrize("fault", [*LOSSES, Fault.HANG])
+async def test_a_crash_while_redeeming(world: World, fault: Fault) -> None:
+    text = world.voucher(700)
+    store = world.client()
+    await store.parameters()
+    world.wire.faults.extend([fault] * 20)
+    with trio.move_on_after(0.1):
+        await store.redeem(text)
+    world.kill()
+    world.wire.faults.clear()
+    store = world.client()
+    assert await store.redeem(text) == 700
+    await world.wire.deliver_late()
+    assert store.balance.total == 700
+    world.assert_conserved(store)
+
+
+async def test_receipts_last_until_forgotten(world: World) -> None:
+    store = await world.rich_client()
+    for _ in range(3):
+        signer, blob = new_blob()
+        await store.insert(signer.public, blob, memo_of(blob))
+    await world.journals[-1].flush()
+    world.kill()
+    store = world.client()
+    receipts = await store.recover()
+    assert len(receipts) == 3
+    store.forget_receipts(receipts[1].seq)
+    await world.journals[-1].flush()
+    world.kill()
+    assert await world.client().recover() == receipts[2:]
+
+
+async def test_a_copied_wallet_is_told_so(world: World) -> None:
+    """Two processes with one journal's content: the second finds its tokens spent."""
+    store = await world.rich_client(20)
+    await world.journals[-1].flush()
+    world.kill()
+    copy = (world.directory / "wallet").read_bytes()
+    (world.directory / "copy").write_bytes(copy)
+    for side in ("-wal",):
+        source = world.directory / f"wallet{side}"
+        if source.exists():
+            (world.directory / f"copy{side}").write_bytes(source.read_bytes())
+    store = world.client()
+    await store.look_up(new_blob()[0].public)
+    double = world.client(name="copy")
+    with pytest.raises(Misbehaviour, match="not in its journal"):
+        await double.look_up(new_blob()[0].public)
+    with pytest.raises(EmptyWallet):
+        await double.look_up(new_blob()[0].public)
+    world.assert_conserved(store)
+
+
+# Servers that lie. Each lie is one clear error, and what it was told about stays pending.
+
+Lie = Callable[[bytes], bytes]
+
+
+def of_done(edit: Callable[[Done], messages.Reply]) -> Lie:
+    """Edit only answers that something was performed."""
+
+    def lie(frame: bytes) -> bytes:
+        reply = messages.decode_reply(frame)
+        return edit(reply).encode() if isinstance(reply, Done) else frame
+
+    return lie
+
+
+def other_credentials(reply: Done) -> Done:
+    return replace(reply, issued=bytes([reply.issued[0] ^ 1]) + reply.issued[1:])
+
+
+def another_charge(reply: Done) -> Done:
+    return replace(reply, fact=replace(reply.fact, delta=reply.fact.delta - 1))
+
+
+def another_operation(reply: Done) -> Done:
+    fact = messages.Fact(Operation.DELETE, messages.Outcome.DELETED, reply.fact.delta)
+    return replace(reply, fact=fact, value=None)
+
+
+def spent_by_a_stranger(reply: Done) -> messages.Reply:
+    return Spent((StoredFact(secrets.token_bytes(32), reply.fact, reply.issued),))
+
+
+LIES: dict[str, Lie] = {
+    "noise": lambda frame: secrets.token_bytes(REPLY_SIZE),
+    "zeros": lambda frame: bytes(REPLY_SIZE),
+    "a flipped bit of padding": lambda frame: frame[:-1] + b"\1",
+    "other credentials": of_done(other_credentials),
+    "credentials too short": of_done(lambda reply: replace(reply, issued=reply.issued[:-1])),
+    "another charge": of_done(another_charge),
+    "another operation": of_done(another_operation),
+    "spent by a stranger": of_done(spent_by_a_stranger),
+    "parameters": lambda frame: messages.Parameters(b"?", (bytes(32),)).encode(),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+async def test_lies(world: World, lie: Lie) -> None:
+    store = await world.rich_client()
+    signer, blob = new_blob()
+    world.wire.alter = lie
+    with pytest.raises(Misbehaviour):
+        await store.insert(signer.public, blob, memo_of(blob))
+    assert store.balance.total == 10_000 and store.conservation.holds
+    world.wire.alter = None
+    await store.insert(signer.public, blob, memo_of(blob))
+    assert store.balance.total == 9_990
+    world.assert_conserved(store)
+
+
+async def test_a_false_refusal_loses_nothing(world: World) -> None:
+    """The server performs an insert and says that it refused."""
+    store = await world.rich_client()
+    signer, blob = new_blob()
+    lies = [Refused(Reason.KEY_EXISTS).encode()]
+    world.wire.alter = lambda frame: lies.pop() if lies else frame
+    await store.insert(signer.public, blob, memo_of(blob))
+    assert await store.look_up(signer.public) == blob
+    world.assert_conserved(store)
+
+
+@pytest.mark.parametrize("reason", [Reason.BUSY, Reason.INTERNAL])
+async def test_a_busy_server_is_asked_again(world: World, reason: Reason) -> None:
+    store = await world.rich_client(patience=5)
+    busy = [Refused(reason).encode()] * 2
+    world.wire.alter = lambda frame: busy.pop() if busy else frame
+    await store.look_up(new_blob()[0].public)
+    assert not busy
+    world.assert_conserved(store)
+
+
+@pytest.mark.parametrize("reason", [Reason.FULL, Reason.BAD_PROOF, Reason.UNKNOWN_EPOCH])
+async def test_refusals_spend_nothing(world: World, reason: Reason) -> None:
+    store = await world.rich_client()
+    answer = world.wire.answer
+
+    async def refusing(frame: bytes) -> bytes:
+        if decode_request(frame).operation is Operation.INSERT:
+            return Refused(reason).encode()
+        return await answer(frame)
+
+    world.wire.answer = refusing
+    signer, blob = new_blob()
+    with pytest.raises(Refusal):
+        await store.insert(signer.public, blob, b"")
+    assert store.balance.total == 10_000
+    world.assert_conserved(store)
+
+
+# Epochs.
+
+
+async def test_parameters_are_pinned(world: World) -> None:
+    """Another issuer under the same number is noticed, also after a restart."""
+    await world.rich_client()
+    await world.journals[-1].flush()
+    world.kill()
+    other = first_epoch(Tariff(), secrets.token_bytes).parameters
+    world.wire.alter = lambda frame: messages.Parameters(other.encode(), (other.digest,)).encode()
+    store = world.client()
+    with pytest.raises(Misbehaviour, match="other parameters for epoch 1"):
+        await store.look_up(new_blob()[0].public)
+    assert store.balance.total == 10_000
+
+
+async def test_a_table_that_betrays_amounts_is_refused(world: World) -> None:
+    issuer = epoch_one().parameters.issuer.encoded
+    at = 2 * 33
+    swapped = issuer[:at] + issuer[at + 33 : at + 66] + issuer[at : at + 33] + issuer[at + 66 :]
+    false = replace(epoch_one().parameters, issuer=IssuerParameters.decode(swapped))
+    world.wire.alter = lambda frame: messages.Parameters(false.encode(), (false.digest,)).encode()
+    store = world.client()
+    with pytest.raises(Misbehaviour, match="betray"):
+        await store.parameters()
+
+
+async def test_a_new_epoch_is_taken_up_and_the_old_one_spent(world: World) -> None:
+    store = await world.rich_client(12)
+    first = epoch_one()
+    issuer = Issuer.generate(secrets.token_bytes)
+    parameters = EpochParameters(2, Tariff(), issuer.parameters, first.parameters.digest)
+    second = Epoch(parameters, issuer, parameters.encode())
+    world.wire.answer = Handler(Epochs([first, second]), world.ledger).answer
+    await world.journals[-1].flush()
+    world.kill()
+    store = world.client()
+    assert (await store.parameters()).number == 2
+    await store.redeem(world.voucher(100))
+    for _ in range(2):
+        signer, blob = new_blob()
+        await store.insert(signer.public, blob, b"")
+    assert store.balance.total == 92
+    world.assert_conserved(store)

@@ -1,0 +1,181 @@
+"""The command, as an operator meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hpkvd import config
+from hpkvd.cli import main
+from hpkvd.config import Config, ConfigError
+from hpkvfs.protocol.tariff import Tariff
+from hpkvfs.protocol.voucher import Voucher
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    assert run("init", "--data", str(tmp_path / "data")).exit_code == 0
+    return tmp_path / "data"
+
+
+def test_init_makes_a_directory_only_its_owner_can_read(data: Path) -> None:
+    files = [path for path in data.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {
+        "hpkvd.toml",
+        "ledger.sqlite",
+        "00000001.secret",
+        "00000001.parameters",
+    }
+    for path in files:
+        assert path.stat().st_mode & 0o777 == 0o600, path
+    for path in (data, data / "epochs"):
+        assert path.stat().st_mode & 0o777 == 0o700, path
+
+
+def test_init_never_overwrites(data: Path) -> None:
+    before = (data / "epochs" / "00000001.secret").read_bytes()
+    result = run("init", "--data", str(data))
+    assert result.exit_code == os.EX_CANTCREAT
+    assert "not empty" in result.output
+    assert "--data" in result.output
+    assert (data / "epochs" / "00000001.secret").read_bytes() == before
+
+
+def test_the_settings_written_are_the_defaults(data: Path) -> None:
+    assert config.load(data) == Config()
+    assert (Config().tariff, Config().listen) == (Tariff(1, 10, 8), "127.0.0.1:7387")
+
+
+def test_prices_are_chosen_at_the_start(tmp_path: Path) -> None:
+    where = str(tmp_path / "data")
+    arguments = ("init", "--data", where, "--look-up", "2", "--insert", "30", "--refund", "20")
+    assert run(*arguments).exit_code == 0
+    status = json.loads(run("status", "--json", "--data", where).output)
+    assert status["tariff"] == {"look_up": 2, "insert": 30, "refund": 20}
+
+
+def test_a_refund_above_the_price_is_a_wrong_command_line(tmp_path: Path) -> None:
+    result = run("init", "--data", str(tmp_path / "data"), "--refund", "10")
+    assert result.exit_code == 2
+    assert "refund" in result.output
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("command", [["serve"], ["status"], ["voucher", "--amount", "5"]])
+def test_without_init_one_sentence_says_so(tmp_path: Path, command: list[str]) -> None:
+    result = run(*command, "--data", str(tmp_path))
+    assert result.exit_code == os.EX_CONFIG
+    assert "hpkvd init" in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_vouchers_are_printed_one_a_line_and_counted(data: Path) -> None:
+    result = run("voucher", "--amount", "1000", "--count", "3", "--data", str(data))
+    vouchers = [Voucher.parse(line) for line in result.output.splitlines()]
+    assert [voucher.amount for voucher in vouchers] == [1000] * 3
+    assert len({voucher.secret for voucher in vouchers}) == 3
+    as_json = run("voucher", "--amount", "7", "--json", "--data", str(data))
+    (one,) = json.loads(as_json.output)["vouchers"]
+    assert Voucher.parse(one["voucher"]).amount == one["amount"] == 7
+    status = json.loads(run("status", "--json", "--data", str(data)).output)
+    assert status["vouchers"] == {"unspent": 4, "tokens": 3007}
+    assert status["tokens"] == dict.fromkeys(("issued", "charged", "refunded", "outstanding"), 0)
+
+
+@pytest.mark.parametrize("amount", ["0", "-5", "4294967296", "many"])
+def test_a_voucher_of_no_worth_is_a_wrong_command_line(data: Path, amount: str) -> None:
+    assert run("voucher", "--amount", amount, "--data", str(data)).exit_code == 2
+
+
+def test_the_disk_does_not_hold_the_voucher(data: Path) -> None:
+    result = run("voucher", "--amount", "1000", "--data", str(data))
+    voucher = Voucher.parse(result.output)
+    kept = b"".join(path.read_bytes() for path in data.rglob("*") if path.is_file())
+    assert voucher.digest in kept
+    assert voucher.secret not in kept
+
+
+def test_status_is_for_people_too(data: Path) -> None:
+    lines = run("status", "--data", str(data)).output.splitlines()
+    assert lines[0].startswith("epoch")
+    assert any(line.split() == ["outstanding", "0"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("listen = 7387", "`listen` must be of type str"),
+        ('listen = "localhost"', "HOST:PORT"),
+        ('lisen = "127.0.0.1:1"', "no setting `lisen`"),
+        ("[limits]\nconnections = 0", "limit"),
+        ("[limits]\nconnections = true", "type int"),
+        ("[limits]\nspeed = 1", "no setting `speed`"),
+        ("[tariff]\nrefund = 10", "refund"),
+        ("tariff = 3", "type dict"),
+        ("reserve_mib = -1", "negative"),
+        ("listen", "hpkvd.toml"),
+    ],
+)
+def test_wrong_settings_are_pointed_out(data: Path, text: str, message: str) -> None:
+    (data / "hpkvd.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        config.load(data)
+    result = run("serve", "--data", str(data))
+    assert result.exit_code == os.EX_CONFIG
+    assert message in result.output
+
+
+def test_settings_left_out_are_the_defaults(data: Path) -> None:
+    (data / "hpkvd.toml").write_text("[limits]\nseconds = 5\n")
+    loaded = config.load(data)
+    assert (loaded.limits.seconds, loaded.listen) == (5.0, Config().listen)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("127.0.0.1:0", ("127.0.0.1", 0)), ("[::1]:7387", ("::1", 7387)), ("host:1", ("host", 1))],
+)
+def test_an_address_has_a_host_and_a_port(text: str, address: tuple[str, int]) -> None:
+    assert config.address(text) == address
+
+
+@pytest.mark.parametrize("text", ["", "7387", ":7387", "host:", "host:x", "host:65536", "host:-1"])
+def test_anything_else_is_no_address(data: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        config.address(text)
+
+
+def test_an_address_in_use_is_told_of(data: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = run("serve", "--listen", address, "--data", str(data))
+    assert result.exit_code == os.EX_UNAVAILABLE
+    assert address in result.output
+    assert "--listen" in result.output
+
+
+def test_a_secret_that_is_not_its_epochs_is_refused(data: Path, tmp_path: Path) -> None:
+    assert run("init", "--data", str(tmp_path / "other")).exit_code == 0
+    other = (tmp_path / "other" / "epochs" / "00000001.secret").read_bytes()
+    (data / "epochs" / "00000001.secret").write_bytes(other)
+    result = run("serve", "--data", str(data))
+    assert result.exit_code == os.EX_CONFIG
+    assert "secret of epoch 1" in result.output
+    (data / "epochs" / "00000001.secret").write_bytes(b"short")
+    assert "backup" in run("serve", "--data", str(data)).output
+
+
+@pytest.mark.parametrize("command", ["init", "serve", "voucher", "status"])
+def test_help_has_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"hpkvd {command}" in result.output.split("Example", 1)[1]

@@ -1,0 +1,238 @@
+"""The real command in a process of its own: kill -9, restart, stop, and strangers at the door."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
+from hpkvfs.protocol.errors import Malformed
+from hpkvfs.protocol.group import SigningKey
+from hpkvfs.protocol.messages import Done, Outcome, Reason, Refused, Reply, Spent, decode_reply
+from hpkvfs.protocol.voucher import Voucher
+from tests.server.support import (
+    ROOT,
+    Purchase,
+    Purse,
+    ServerProcess,
+    hpkvd,
+    new_blob,
+    new_key,
+    read_all,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    result = hpkvd("init", data=tmp_path / "data")
+    assert result.returncode == 0, result.stderr
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def server(data: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(data) as server:
+        yield server
+
+
+def funded(server: ServerProcess, amount: int) -> Purse:
+    """A purse that redeemed a voucher made while the server runs."""
+    made = hpkvd("voucher", "--amount", str(amount), data=server.data)
+    purse = Purse(server.parameters())
+    purchase = purse.redeem(Voucher.parse(made.stdout))
+    purse.settle(purchase, server.ask(purchase.frame))
+    return purse
+
+
+def status(server: ServerProcess) -> dict[str, dict[str, int]]:
+    report: dict[str, dict[str, int]] = json.loads(
+        hpkvd("status", "--json", data=server.data).stdout
+    )
+    return report
+
+
+@dataclass
+class Customer:
+    """Inserts, looks up and deletes until the connection fails; knows what was acknowledged.
+
+    What the server did not answer is kept as `pending`, to be repeated as it was.
+    """
+
+    purse: Purse
+    stored: dict[SigningKey, bytes] = field(default_factory=dict)
+    deleted: list[SigningKey] = field(default_factory=list)
+    acknowledged: list[tuple[bytes, Reply]] = field(default_factory=list)
+    pending: tuple[Purchase, SigningKey, bytes] | None = None
+    failure: BaseException | None = None
+
+    def shop(self, server: ServerProcess) -> None:
+        try:
+            while True:
+                self.step(server)
+        except (OSError, Malformed):
+            pass  # the server died
+        except BaseException as error:
+            self.failure = error
+
+    def step(self, server: ServerProcess) -> None:
+        if len(self.stored) > 3:
+            key, blob = next(iter(self.stored.items()))
+            purchase = self.purse.delete(key, hashlib.sha256(blob).digest())
+        else:
+            key, blob = new_key(), new_blob()
+            purchase = self.purse.insert(key.public, blob)
+        self.pending = purchase, key, blob
+        self.settle(server.ask(purchase.frame))
+
+    def settle(self, reply: Reply) -> None:
+        assert self.pending is not None
+        purchase, key, blob = self.pending
+        done = self.purse.settle(purchase, reply)
+        if done.fact.outcome is Outcome.INSERTED:
+            self.stored[key] = blob
+        else:
+            del self.stored[key]
+            self.deleted.append(key)
+        self.acknowledged.append((purchase.frame, done))
+        self.pending = None
+
+
+def test_after_kill_9_nothing_acknowledged_is_lost_nor_spent_twice(server: ServerProcess) -> None:
+    """Several customers at work, the server killed in the middle, three times."""
+    sold = 10_000
+    customers = [Customer(funded(server, sold)) for _ in range(3)]
+    for _ in range(3):
+        threads = [threading.Thread(target=one.shop, args=(server,)) for one in customers]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.4)
+        server.kill()
+        for thread in threads:
+            thread.join()
+        server.restart()
+        for one in customers:
+            assert one.failure is None
+            if one.pending is not None:
+                one.settle(server.ask(one.pending[0].frame))
+    books = status(server)
+    assert books["tokens"]["issued"] == sold * len(customers)
+    assert books["tokens"]["outstanding"] == sum(one.purse.amount for one in customers)
+    assert books["blobs"] == sum(len(one.stored) for one in customers)
+    assert sum(len(one.acknowledged) for one in customers) > 10
+    for one in customers:
+        check_acknowledged(server, one)
+    assert status(server)["tokens"]["issued"] == sold * len(customers)
+
+
+def check_acknowledged(server: ServerProcess, one: Customer) -> None:
+    for frame, done in one.acknowledged[-10:]:
+        assert server.ask(frame) == done
+    for key, blob in one.stored.items():
+        purchase = one.purse.look_up(key.public)
+        assert one.purse.settle(purchase, server.ask(purchase.frame)).value == blob
+    for key in one.deleted[-3:]:
+        purchase = one.purse.look_up(key.public)
+        done = one.purse.settle(purchase, server.ask(purchase.frame))
+        assert done.fact.outcome is Outcome.ABSENT
+
+
+def test_a_serial_spent_before_a_crash_is_spent_after_it(server: ServerProcess) -> None:
+    purse = funded(server, 100)
+    pair = list(purse.held)
+    first = purse.look_up(new_key().public)
+    purse.held = pair
+    second = purse.look_up(new_key().public)
+    done = server.ask(first.frame)
+    server.kill()
+    server.restart()
+    assert isinstance(done, Done)
+    reply = server.ask(second.frame)
+    assert isinstance(reply, Spent)
+    (fact,) = reply.facts
+    assert (fact.fact, fact.issued) == (done.fact, done.issued)
+
+
+def test_a_server_that_is_stopped_answers_first_and_tells_nothing(server: ServerProcess) -> None:
+    assert server.line == f"hpkvd: listening on 127.0.0.1:{server.address[1]}"
+    purse = funded(server, 1000)
+    key, blob = new_key(), new_blob()
+    purchase = purse.insert(key.public, blob)
+    with socket.create_connection(server.address, timeout=10) as connection:
+        connection.sendall(purchase.frame)
+        time.sleep(0.05)
+        code, told = server.stop()
+        reply = decode_reply(read_all(connection))
+    purse.settle(purchase, reply)
+    assert code == 0
+    assert told == "hpkvd: stopping; the last requests are being answered\nhpkvd: stopped\n"
+
+
+def test_strangers_at_the_door_do_no_harm(server: ServerProcess) -> None:
+    idle = [socket.create_connection(server.address) for _ in range(50)]
+    for noise in (b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(100)):
+        with socket.create_connection(server.address) as stranger:
+            stranger.sendall(noise)
+    for frame in (bytes(REQUEST_SIZE), os.urandom(REQUEST_SIZE), b"\xff" * REQUEST_SIZE):
+        assert server.ask(frame) == Refused(Reason.MALFORMED)
+    with socket.create_connection(server.address) as stranger:
+        stranger.sendall(os.urandom(REQUEST_SIZE))
+        answer = read_all(stranger)
+        assert len(answer) == REPLY_SIZE
+    purse = funded(server, 100)
+    purchase = purse.look_up(new_key().public)
+    purse.settle(purchase, server.ask(purchase.frame))
+    for connection in idle:
+        connection.close()
+    assert server.stop()[0] == 0
+
+
+def test_ready_fd_gets_the_address(data: Path) -> None:
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "hpkvd", "serve", "--listen", "127.0.0.1:0"]
+    process = subprocess.Popen(
+        [*command, "--ready-fd", str(writer), "--data", str(data)],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'server'}"},
+        pass_fds=[writer],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(writer)
+    try:
+        ready, _, _ = select.select([reader], [], [], 20)
+        assert ready
+        host, _, port = os.read(reader, 100).decode().strip().rpartition(":")
+        assert os.read(reader, 1) == b""
+        socket.create_connection((host, int(port)), timeout=5).close()
+    finally:
+        os.close(reader)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+def test_no_secret_is_in_a_log_or_a_key_in_a_name(server: ServerProcess) -> None:
+    """Whatever a request holds, nothing of it is told."""
+    purse = funded(server, 1000)
+    key = SigningKey(secrets.token_bytes(32))
+    purchase = purse.look_up(key.public)
+    server.ask(purchase.frame)
+    server.ask(purchase.frame[:-1] + b"\1")
+    _, told = server.stop()
+    assert key.public.hex() not in told
+    assert str(key.public) not in told
+    assert "127.0.0.1" not in told

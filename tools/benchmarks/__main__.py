@@ -1,0 +1,51 @@
+"""Front end of the benchmarks: `tools/bench NAME [--json]`.
+
+A benchmark is a module beside this one with `run(as_json) -> {key: figure}`. It may print
+while it works; the figures are printed here, last.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+BENCHMARKS = {
+    "credentials": "proofs, issuance and their sizes, without disk or network",
+    "store": "blobs inserted, looked up and deleted at a local server, per second",
+    "space": "blobs that real trees cost: doc_ratio (at most 1.15), small_blobs (at most 100)",
+}
+HELP = "\b\n" + "\n".join(f"{name:<13}{what}" for name, what in BENCHMARKS.items())
+
+
+@click.command(
+    "bench",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=f"Measure one of:\n\n{HELP}",
+    epilog="Examples: tools/bench space;  tools/bench store --json | tail -n 1 | jq .",
+)
+@click.argument("name", type=click.Choice(list(BENCHMARKS)))
+@click.option("--json", "as_json", is_flag=True, help="End with one line of JSON, not a table.")
+def main(name: str, as_json: bool) -> None:
+    """Run one benchmark and print its figures."""
+    figures = importlib.import_module(f"tools.benchmarks.{name}").run(as_json)
+    if as_json:
+        click.echo(json.dumps(figures))
+    else:
+        _print_table(name, figures)
+
+
+def _print_table(name: str, figures: dict[str, object]) -> None:
+    table = Table(title=name, title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for key, value in figures.items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int | float) else str(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
