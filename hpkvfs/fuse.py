@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import stat
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -297,7 +296,7 @@ def _opened(ino: int) -> pyfuse3.FileInfo:
 def mount_options(*, read_only: bool, allow_other: bool) -> set[str]:
     """Options for pyfuse3.init."""
     options = set(pyfuse3.default_options)
-    options |= {"fsname=hpkvfs", "subtype=hpkvfs", f"max_read={_IO_SIZE}"}
+    options |= {"fsname=hpkvfs", "subtype=hpkvfs"}
     if read_only:
         options.add("ro")
     if allow_other:
@@ -314,4 +313,10 @@ async def serve(
         ready()
         await pyfuse3.main()
     finally:
-        pyfuse3.close(unmount=os.path.ismount(mountpoint))
+        # harmless when unmounted already; asking first whether it is would ask ourselves
+        pyfuse3.close(unmount=True)
+
+
+def stop() -> None:
+    """Make `serve` return: it answers what was asked already, then detaches the mount."""
+    pyfuse3.terminate()

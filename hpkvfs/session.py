@@ -35,7 +35,16 @@ from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import Dialer
 from hpkvfs.protocol.tariff import Operation, Tariff
 from hpkvfs.state import StateDirectory
-from hpkvfs.types import ANCHOR_BIT, BLOB_SIZE, PAYLOAD_SIZE, BlobId, BlobRef, Generation, Missing
+from hpkvfs.types import (
+    ANCHOR_BIT,
+    BLOB_SIZE,
+    PAYLOAD_SIZE,
+    BlobId,
+    BlobRef,
+    Generation,
+    Missing,
+    anchor_id,
+)
 from hpkvfs.volume import fsck, gc
 from hpkvfs.volume.anchor import Anchor, find_newest
 from hpkvfs.volume.blob import Sealer
@@ -253,27 +262,28 @@ class Session:
                 self._tariff = (await self.store.parameters()).tariff
                 receipts = await self.store.recover()
                 await self.store.prime()
-                await self._look_for_newer()
+                if self.volume.known is not None:
+                    await self._look_for_newer(self.volume.known)
+                else:
+                    await self._look_for_first(receipts)
                 self._absorb(receipts)
             except HpkvError as error:
                 self.offline_because = error
                 raise
             self._connected, self.offline_because = True, None
 
-    async def _look_for_newer(self) -> None:
-        known = self.volume.known
-        if known is None:
-            return
+    async def _look_for_first(self, receipts: list[Receipt]) -> None:
+        """Take over generation 0 if a crash kept us from noting that it was published."""
+        refs = [BlobRef.decode(receipt.memo) for receipt in receipts]
+        if any(ref.id == anchor_id(Generation(0)) for ref in refs):
+            first = await self.volume.find_anchor(Generation(0))
+            if first is None:
+                raise CorruptBlob("the server lost the vault's first generation")
+            await self._take_over(first, 0, 0)
+
+    async def _look_for_newer(self, known: Known) -> None:
         generation = known.anchor.generation
-        found: dict[int, Known | None] = {}
-
-        async def look(number: int) -> None:
-            found[number] = await self.volume.find_anchor(Generation(number))
-
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
-            nursery.start_soon(look, generation)
-            nursery.start_soon(look, generation + 1)
-        here, newer = found[generation], found[generation + 1]
+        here, newer = await self._find_anchors(generation, Generation(generation + 1))
         if newer is None and (here is None or here.ref != known.ref):
             raise CorruptBlob(
                 f"the server no longer has generation {generation}, which it confirmed before",
@@ -281,6 +291,24 @@ class Session:
             )
         if newer is not None:
             await self._adopt(known, newer)
+
+    async def _find_anchors(self, *generations: Generation) -> list[Known | None]:
+        """Look up several anchors at a time; the first failure of them, bare."""
+        found: dict[Generation, Known | None] = {}
+        failures: list[HpkvError] = []
+
+        async def look(generation: Generation) -> None:
+            try:
+                found[generation] = await self.volume.find_anchor(generation)
+            except HpkvError as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for generation in generations:
+                nursery.start_soon(look, generation)
+        if failures:
+            raise failures[0]
+        return [found[generation] for generation in generations]
 
     async def _adopt(self, known: Known, newer: Known) -> None:
         """Take over a generation after ours: one of ours that a crash kept us from noting."""
@@ -296,10 +324,13 @@ class Session:
             anchor = newer.anchor
             self._fs.start(anchor.next_ino, anchor.size, anchor.files, anchor.redo)
         else:
-            more = newer.anchor.size - known.anchor.size
-            self._fs.rebase(more, newer.anchor.files - known.anchor.files)
-            self.volume.known = newer
-            await self.save_known(newer)
+            await self._take_over(newer, known.anchor.size, known.anchor.files)
+
+    async def _take_over(self, newer: Known, size: int, files: int) -> None:
+        """A generation of ours is there: what it holds is no longer only in the layers."""
+        self._fs.rebase(newer.anchor.size - size, newer.anchor.files - files)
+        self.volume.known = newer
+        await self.save_known(newer)
 
     def _absorb(self, receipts: list[Receipt]) -> None:
         """Learn from what was stored and deleted since the known generation was published."""

@@ -137,7 +137,7 @@ class Fault(Enum):
     LOSE_REQUEST = auto()  # bytes leave, the server gets none
     LOSE_REPLY = auto()  # the server performs it, its answer is lost
     BREAK_REPLY = auto()  # half of the answer comes
-    DUPLICATE = auto()  # the server gets the request twice, the first answer comes
+    DUPLICATE = auto()  # the server gets the request twice, the second answer comes
     LATE = auto()  # the request is lost for now, and delivered at the next `Wire.deliver_late`
     HANG = auto()  # the server performs it and never answers
 
@@ -147,6 +147,7 @@ class Wire:
     """A Dialer straight into a server's handler; `faults` are used up one by each connection.
 
     `alter` edits each reply: a lying server. `frames` has every request that left the client.
+    `struck` is set when a fault has done its work.
     """
 
     answer: Callable[[bytes], Awaitable[bytes]]
@@ -155,6 +156,7 @@ class Wire:
     down: bool = False
     frames: list[bytes] = field(default_factory=list)
     late: list[bytes] = field(default_factory=list)
+    struck: trio.Event = field(default_factory=trio.Event)
 
     async def dial(self) -> Stream:
         """See transport.Dialer."""
@@ -195,21 +197,29 @@ class _Connection(Stream):
         await trio.lowlevel.checkpoint()
 
     async def _exchange(self) -> bytes:
-        wire, fault = self._wire, self._fault
-        if fault is Fault.LATE:
-            wire.late.append(self._frame)
-        if fault in (Fault.LOSE_REQUEST, Fault.LATE):
-            return b""
-        reply = await wire.answer(self._frame)
-        if fault is Fault.DUPLICATE:
-            await wire.answer(self._frame)
-        if fault is Fault.LOSE_REPLY:
-            return b""
-        if fault is Fault.HANG:
+        if self._fault is Fault.NONE:
+            reply = await self._wire.answer(self._frame)
+            return self._wire.alter(reply) if self._wire.alter else reply
+        reply = await self._strike()
+        self._wire.struck.set()
+        if self._fault is Fault.HANG:
             await trio.sleep_forever()
-        if fault is Fault.BREAK_REPLY:
-            return reply[: len(reply) // 2]
-        return wire.alter(reply) if wire.alter else reply
+        return reply
+
+    async def _strike(self) -> bytes:
+        match self._fault:
+            case Fault.LOSE_REQUEST:
+                return b""
+            case Fault.LATE:
+                self._wire.late.append(self._frame)
+                return b""
+        reply = await self._wire.answer(self._frame)
+        match self._fault:
+            case Fault.BREAK_REPLY:
+                return reply[: len(reply) // 2]
+            case Fault.DUPLICATE:
+                return await self._wire.answer(self._frame)
+        return b""
 
 
 class FailingJournal(Journal):

@@ -50,7 +50,7 @@ class Line:
                 await trio.sleep(wait)
 
     async def _once(self, frame: bytes, seconds: float) -> Reply:
-        answer = await exchange(self.dialer, frame, min(seconds, EXCHANGE_SECONDS))
+        answer = await exchange(self.dialer, frame, min(max(seconds, 0), EXCHANGE_SECONDS))
         try:
             reply = decode_reply(answer)
         except Malformed as error:

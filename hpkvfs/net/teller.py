@@ -19,6 +19,7 @@ where a process could take over.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -192,11 +193,11 @@ class Teller:
 
     async def grow(self, epoch: EpochParameters) -> None:
         """Two more credentials, of no value, for free. Nothing is at stake, so no journal."""
-        request, attempt = self._prove(epoch, ReissueRequest(epoch.digest, 0), (), (0, 0))
+        body, attempt = self._prove(epoch, ReissueRequest(epoch.digest, 0), (), (0, 0))
         pending = self.wallet.begin(epoch.digest, (), attempt)
         with self._driving(pending):
             try:
-                await self._answer(pending, request.encode())
+                await self._answer(pending, codec.REQUEST.wrap(body))
             finally:
                 self._abandon(pending)
 
@@ -206,10 +207,10 @@ class Teller:
         """Exchange what `make` pays with for credentials; a Refusal leaves nothing behind."""
         epoch = await self.newest()
         amounts = split(amount, epoch.tariff.insert)
-        request, attempt = self._prove(epoch, make(epoch.digest), (), amounts)
-        attempt = replace(attempt, body=request.body())
+        body, attempt = self._prove(epoch, make(epoch.digest), (), amounts)
+        attempt = replace(attempt, body=body)
         pending = self.wallet.begin(epoch.digest, (), attempt, memo)
-        await self._perform(pending, request.encode())
+        await self._perform(pending, codec.REQUEST.wrap(body))
 
     # Resolving.
 
@@ -268,13 +269,11 @@ class Teller:
         with self._driving(pending):
             epoch = await self._find_epoch(pending.epoch)
             amounts = split(pending.amount, epoch.tariff.insert)
-            request, attempt = self._prove(
-                epoch, ReissueRequest(epoch.digest, 2), pending.inputs, amounts
-            )
-            attempt = replace(attempt, body=request.body())
-            pending = self.wallet.retry(pending, attempt)
+            request = ReissueRequest(epoch.digest, 2)
+            body, attempt = self._prove(epoch, request, pending.inputs, amounts)
+            pending = self.wallet.retry(pending, replace(attempt, body=body))
             await self._journal.begin(pending)
-            return await self._answer(pending, request.encode())
+            return await self._answer(pending, codec.REQUEST.wrap(body))
 
     async def _resolved_at_once(self, pending: Pending) -> Answer | None:
         """Resolve what was refused; None if that fails, which leaves it to be done later."""
@@ -291,14 +290,14 @@ class Teller:
         """The pending of an order and its frame; the journal does not have it yet."""
         request = order.make(epoch.digest)
         try:
-            request, attempt = self._prove(
+            body, attempt = self._prove(
                 epoch, request, selection.inputs, selection.amounts, order.complete
             )
         except BaseException:
             self.wallet.put_back(selection)
             raise
         pending = self.wallet.begin(epoch.digest, selection.inputs, attempt, order.memo)
-        return pending, request.encode()
+        return pending, codec.REQUEST.wrap(body)
 
     def _prove(
         self,
@@ -307,13 +306,14 @@ class Teller:
         inputs: tuple[Held, ...],
         amounts: tuple[int, int],
         complete: Complete = _complete,
-    ) -> tuple[CredentialedRequest, Attempt]:
+    ) -> tuple[bytes, Attempt]:
+        """The body of the request, with its proof, and what it takes to use the answer."""
         statement = request.statement(epoch.tariff)
         presented = [held.credential for held in inputs]
         draft = prepare(epoch.issuer, statement, presented, amounts, self._rng)
-        request = complete(request, draft.request)
-        secrets = draft.encode()
-        return request, Attempt(statement.operation, statement.delta, request.fingerprint, secrets)
+        body = complete(request, draft.request).body()
+        fingerprint = hashlib.sha256(body).digest()
+        return body, Attempt(statement.operation, statement.delta, fingerprint, draft.encode())
 
     async def _perform(self, pending: Pending, frame: bytes) -> Answer:
         """Journal, ask, settle. A refusal of what has no inputs undoes it."""

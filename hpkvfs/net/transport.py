@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Protocol
 
 import trio
@@ -73,7 +74,7 @@ async def exchange(dialer: Dialer, frame: bytes, seconds: float = EXCHANGE_SECON
                 await stream.send_all(frame)
                 return await _read(stream, REPLY_SIZE)
             finally:
-                await trio.aclose_forcefully(stream)
+                await stream.aclose()
     except (OSError, trio.BrokenResourceError) as error:
         raise NoReply(f"the server cannot be reached: {error}", _HINT, sent=sent) from error
     except trio.TooSlowError as error:
@@ -95,6 +96,7 @@ async def _read(stream: Stream, size: int) -> bytes:
     return bytes(parts)
 
 
+@lru_cache(maxsize=16)
 def _numeric_family(host: str) -> socket.AddressFamily | None:
     try:
         version = ipaddress.ip_address(host).version

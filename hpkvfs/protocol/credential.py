@@ -341,24 +341,33 @@ def prepare(
     parameters.verify()
     shows = [_show(credential, rng) for credential in presented]
     requests = [_request(parameters.table, amount, rng) for amount in amounts]
+    request = _prove(parameters, statement, shows, requests, rng)
+    wanted = tuple((amount, x[0]) for amount, (_, x) in zip(amounts, requests, strict=True))
+    return Draft(request, statement.binding(len(presented), request), wanted)
+
+
+def _prove(
+    parameters: IssuerParameters,
+    statement: Statement,
+    shows: Sequence[tuple[Shown, Vector]],
+    requests: Sequence[tuple[Requested, Vector]],
+    rng: Rng,
+) -> bytes:
+    """The request's bytes from its points and their witness."""
     points = b"".join(encode_points(shown) for shown, _ in shows)
     points += b"".join(encode_points((m, *vs)) for (m, vs), _ in requests)
     secrets = tuple(x for _, vector in (*shows, *requests) for x in vector)
-
-    transcript = _request_transcript(statement, parameters, len(presented), points)
-    nonces = _nonces(transcript, len(presented), secrets, rng)
-    show_nonces, request_nonces = _sections(len(presented), nonces)
+    transcript = _request_transcript(statement, parameters, len(shows), points)
+    nonces = _nonces(transcript, len(shows), secrets, rng)
+    show_nonces, request_nonces = _sections(len(shows), nonces)
     rows: list[Row] = []
     for (shown, _), vector in zip(shows, show_nonces, strict=True):
         rows += show_rows(parameters.i, shown, vector)
     for (requested, _), vector in zip(requests, request_nonces, strict=True):
         rows += _requested_rows(requested, vector)
     challenge = _challenge(transcript, commit(rows))
-
     responses = respond(nonces, secrets, challenge)[:-1]
-    request = points + encode_scalar(challenge) + b"".join(map(encode_scalar, responses))
-    wanted = tuple((amount, x[0]) for amount, (_, x) in zip(amounts, requests, strict=True))
-    return Draft(request, statement.binding(len(presented), request), wanted)
+    return points + b"".join(map(encode_scalar, (challenge, *responses)))
 
 
 def _check_balance(

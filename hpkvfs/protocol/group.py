@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from sys import byteorder
+from threading import Lock
 from typing import Any, Final
 
 from coincurve._libsecp256k1 import ffi as _ffi  # untyped: nothing of it leaves this module
@@ -37,7 +38,10 @@ _CONTEXT: Final[Any] = GLOBAL_CONTEXT.ctx
 _COMPRESSED: Final[Any] = _lib.SECP256K1_EC_COMPRESSED
 _HALF: Final = pow(2, -1, ORDER)
 _COMB_OFFSET: Final = (2**256 - 1) * _HALF % ORDER
-_LANES: Final = 32 * 8
+_ZERO: Final = bytes(SCALAR_SIZE)
+_BUILDING: Final = Lock()
+_POINTER: Final = int(_ffi.sizeof("void *"))
+_LANES: Final = 32 * _POINTER
 _RAW_SIZE: Final = int(_ffi.sizeof("secp256k1_pubkey"))
 
 
@@ -151,29 +155,34 @@ class FixedBase:
     def addresses(self, scalar: int) -> bytes:
         """Where the 32 table entries are whose sum is scalar * point, as native pointers.
 
-        All 32 are computed at once, in one wide integer of 32 lanes of 64 bits.
+        All 32 are computed at once, in one wide integer of 32 lanes.
         """
         start = self._start or self._build()
         recoded = (scalar * _HALF + _COMB_OFFSET) % ORDER
         lanes = bytearray(_LANES)
-        lanes[::8] = recoded.to_bytes(32, "little")
+        lanes[::_POINTER] = recoded.to_bytes(32, "little")
         return (start + int.from_bytes(lanes, "little") * _RAW_SIZE).to_bytes(_LANES, byteorder)
 
     def _build(self) -> int:
-        """Make the table; the lanes' first addresses are published last, for other threads."""
-        table = _ffi.new("secp256k1_pubkey [8192]")
-        base = self.point
-        for row in range(32):
-            base = _fill_row(table + 256 * row, base)
-        first = int(_ffi.cast("uintptr_t", table))
-        rows = (first + row * 256 * _RAW_SIZE for row in range(32))
-        self._table = table
-        self._start = sum(address << 64 * row for row, address in enumerate(rows))
+        """Make the table once: a second one would free the first under another thread's feet."""
+        with _BUILDING:
+            if not self._start:
+                self._table = table = _make_table(self.point)
+                first = int(_ffi.cast("uintptr_t", table))
+                rows = (first + row * 256 * _RAW_SIZE for row in range(32))
+                self._start = sum(entry << 8 * _POINTER * row for row, entry in enumerate(rows))
         return self._start
 
 
 Base = Point | FixedBase
 Term = tuple[Base, int]
+
+
+def _make_table(base: Point) -> Any:
+    table = _ffi.new("secp256k1_pubkey [8192]")
+    for row in range(32):
+        base = _fill_row(table + 256 * row, base)
+    return table
 
 
 def _fill_row(row: Any, base: Point) -> Point:
@@ -198,9 +207,12 @@ def _addresses(points: Sequence[Point]) -> bytes:
 
 def _sum(addresses: bytes) -> Point:
     """Of points whose owners the caller keeps alive."""
+    if not addresses:  # libsecp256k1 would abort the process
+        raise Infinity("an empty sum")
     raw = _ffi.new("secp256k1_pubkey *")
     pointers = _ffi.cast("secp256k1_pubkey **", _ffi.from_buffer(addresses))
-    if not _lib.secp256k1_ec_pubkey_combine(_CONTEXT, raw, pointers, len(addresses) // 8):
+    count = len(addresses) // _POINTER
+    if not _lib.secp256k1_ec_pubkey_combine(_CONTEXT, raw, pointers, count):
         raise Infinity("the sum is the point at infinity")
     return Point(raw)
 
@@ -243,9 +255,11 @@ def multiply_secret(base: Base, scalar: int) -> Point:
     """scalar * base in constant time; Infinity for scalar 0 mod n."""
     point = base.point if isinstance(base, FixedBase) else base
     encoded = (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")
+    if encoded == _ZERO:
+        raise Infinity("a product with zero")
     whole = _ffi.new("unsigned char [65]")
     if not _lib.secp256k1_ecdh(_CONTEXT, whole, point._raw, encoded, _whole_point, _ffi.NULL):
-        raise Infinity("a product with zero")
+        raise RuntimeError("a product was interrupted")  # never the other side's fault
     raw = _ffi.new("secp256k1_pubkey *")
     _lib.secp256k1_ec_pubkey_parse(_CONTEXT, raw, whole, 65)
     return Point(raw)

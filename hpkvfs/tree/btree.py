@@ -37,8 +37,8 @@ from hpkvfs.tree.node import (
     MAX_VALUE,
     CorruptNode,
     Node,
-    item_weight,
     weigh,
+    weigh_each,
 )
 from hpkvfs.types import BlobRef, Missing
 
@@ -53,6 +53,9 @@ MERGED = CAPACITY * 15 // 16
 
 LEAST = CAPACITY // 4
 """A node lighter than this is made only at the right edge, where the next items go."""
+
+TOLERANCE = 20
+"""A run is left as it is cut while packing could save at most one node in so many."""
 
 READAHEAD = 32
 """So many missing nodes of a scan are asked for together."""
@@ -299,7 +302,8 @@ def _entries_weight(node: Node, indexes: set[int]) -> int:
 
 def _items_weight(leaf: Node, keys: Sequence[bytes]) -> int:
     items = dict(zip(leaf.keys, leaf.values, strict=True))
-    return sum(item_weight(key, items[key]) for key in dict.fromkeys(keys) if key in items)
+    named = [key for key in dict.fromkeys(keys) if key in items]
+    return weigh(named, map(items.__getitem__, named))
 
 
 def _beside(visit: _Visit) -> list[int]:
@@ -320,6 +324,11 @@ class _Draft:
     values: list[_Value]
     ref: bytes = b""
     """Where it is stored, once it was emitted."""
+
+    def stored_values(self) -> tuple[bytes, ...]:
+        if self.level == 0:
+            return tuple(cast("list[bytes]", self.values))
+        return tuple(v.ref if isinstance(v, _Draft) else v for v in self.values)
 
 
 _Value = bytes | _Draft
@@ -470,10 +479,11 @@ def _change_parents(above: dict[bytes, _Change], run: _Run, packed: list[_Draft]
 
 
 def _pack_run(run: _Run) -> list[_Draft]:
-    """The fewest nodes that hold the run's items; the old cuts, if they are as few and fit."""
+    """The new nodes in the place of a run's: the same cuts if they still fit and serve."""
     level, at_edge = run[0].visit.node.level, run[-1].visit.at_edge
-    fewest = -(-sum(change.weight for change in run) // CAPACITY)
-    if len(run) == fewest and all(0 < change.weight <= CAPACITY for change in run):
+    least = -(-sum(change.weight for change in run) // CAPACITY)
+    spare = len(run) - least
+    if spare * TOLERANCE <= len(run) and all(LEAST <= c.weight <= CAPACITY for c in run):
         return [_Draft(level, *_columns(change.items)) for change in run]
     items: dict[bytes, _Value] = {}
     for change in run:
@@ -495,9 +505,9 @@ def _pack(
     if level:
         weights = [len(key) + CHILD_WEIGHT for key in keys]
     else:
-        weights = list(map(item_weight, keys, cast("list[bytes]", values)))
+        weights = weigh_each(keys, cast("list[bytes]", values))
     fresh = [index for index, key in enumerate(keys) if key not in old]
-    in_order = bool(fresh) and fresh[-1] - fresh[0] + 1 == len(fresh)
+    in_order = len(fresh) > 1 and fresh[-1] - fresh[0] + 1 == len(fresh)
     appended = at_edge and bool(fresh) and fresh[-1] + 1 == len(keys)
     cuts = _cuts(weights, in_order=in_order, appended=appended)
     return [_Draft(level, keys[a:b], values[a:b]) for a, b in pairwise(cuts)]
@@ -507,8 +517,8 @@ def _cuts(weights: Sequence[int], *, in_order: bool, appended: bool) -> list[int
     """Where to cut items into nodes: [0, ..., len(weights)].
 
     There are as few nodes as can be. Items appended at the right edge fill each node, however
-    little is left for the last, which the next ones will fill. So do items that came in order
-    elsewhere, but the last node gets at least LEAST. Otherwise all get about the same.
+    little is left for the last, which the next ones will fill. So do several items that came in
+    order elsewhere, but the last node gets at least LEAST. Otherwise all get about the same.
     """
     ends = list(accumulate(weights, initial=0))
     cuts = _fill(ends)
@@ -567,8 +577,7 @@ def _emit(
             return BlobRef.decode(only)
         levels.pop()
     for draft in chain.from_iterable(levels):
-        values = tuple(v.ref if isinstance(v, _Draft) else v for v in draft.values)
-        ref = emit(Node(draft.level, tuple(draft.keys), values))
+        ref = emit(Node(draft.level, tuple(draft.keys), draft.stored_values()))
         draft.ref = ref.encode()
         emitted.append(ref)
     return emitted[-1] if emitted else None

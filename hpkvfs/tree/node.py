@@ -30,11 +30,15 @@ _FRAME = 1 + 1 + 3 + 3
 CAPACITY = PAYLOAD_SIZE - _HEADER.size - _FRAME
 """The most that a node's items may weigh, in bytes; two items of the largest size fit."""
 
-KEY_OVERHEAD = 2
-CHILD_WEIGHT = KEY_OVERHEAD + 2 + REF_SIZE
-"""What an entry of an inner node weighs besides its key."""
+ITEM_OVERHEAD = 2 + 2
+"""Bytes by which the encoding of a key and its value is longer than they are."""
 
 _LONG = 256
+"""The encoding of a value this long has one byte more."""
+
+CHILD_WEIGHT = ITEM_OVERHEAD + REF_SIZE
+"""What an entry of an inner node weighs besides its key."""
+
 _ZEROS = bytes(PAYLOAD_SIZE)
 _pack = msgpack.Packer(use_bin_type=True).pack
 
@@ -103,12 +107,13 @@ def weigh(keys: Collection[bytes], values: Iterable[bytes]) -> int:
     """Bytes that these items take in a node's payload."""
     sizes = list(map(len, values))
     long = sum(size >= _LONG for size in sizes) if max(sizes, default=0) >= _LONG else 0
-    return sum(map(len, keys)) + sum(sizes) + (KEY_OVERHEAD + 2) * len(sizes) + long
+    return sum(map(len, keys)) + sum(sizes) + ITEM_OVERHEAD * len(sizes) + long
 
 
-def item_weight(key: bytes, value: bytes) -> int:
-    """Bytes that one item takes in a leaf's payload."""
-    return len(key) + len(value) + (KEY_OVERHEAD + 2 if len(value) < _LONG else KEY_OVERHEAD + 3)
+def weigh_each(keys: Iterable[bytes], values: Iterable[bytes]) -> list[int]:
+    """Bytes that each of these items takes in a node's payload."""
+    sizes = zip(map(len, keys), map(len, values), strict=True)
+    return [key + value + ITEM_OVERHEAD + (value >= _LONG) for key, value in sizes]
 
 
 def _array_header(count: int) -> int:

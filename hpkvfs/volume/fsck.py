@@ -39,7 +39,10 @@ FETCHES_AT_ONCE = 16
 
 @dataclass(slots=True)
 class Report:
-    """What a check found; `problems` is empty when all is well."""
+    """What a check found; `problems` is empty when all is well.
+
+    stored: every blob that the generation accounts for: live, dead, listing or anchor.
+    """
 
     generation: int = -1
     files: int = 0
@@ -47,6 +50,7 @@ class Report:
     nodes: int = 0
     extents: int = 0
     dead: int = 0
+    stored: frozenset[BlobId] = frozenset()
     problems: list[str] = field(default_factory=list)
     damaged: set[int] = field(default_factory=set)
 
@@ -244,7 +248,9 @@ async def _check_books(
         *(entry.ref.id for entry in dead),
         *(page.id for page in pages),
         *(ref.id for ref in anchor.kept),
+        volume.known.ref.id,
     ]
+    report.stored = frozenset(stored)
     for blob_id, times in Counter(stored).items():
         if times > 1:
             problems.append(f"{BlobRef(blob_id, b'')!r} is listed {times} times")

@@ -2,4 +2,4 @@
 
 from hpkvd.cli import main
 
-main()
+main(prog_name="hpkvd")

@@ -96,7 +96,10 @@ def main() -> None:
     os.umask(0o077)
 
 
-@main.command(epilog="Examples: hpkvd init;  hpkvd init --data /srv/hpkvd --insert 20 --refund 15")
+@main.command(
+    short_help="Make a data directory.",
+    epilog="Examples: hpkvd init;  hpkvd init --data /srv/hpkvd --insert 20 --refund 15",
+)
 @_data
 @click.option("--look-up", type=int, default=1, show_default=True, help="Tokens for a look-up.")
 @click.option("--insert", type=int, default=10, show_default=True, help="Tokens for a blob stored.")
@@ -122,7 +125,10 @@ def _make_empty(data: Path) -> None:
         raise Failure(f"{data} is not empty; choose another with --data", os.EX_CANTCREAT)
 
 
-@main.command(epilog="Examples: hpkvd serve;  hpkvd serve --listen 127.0.0.1:0 --data /srv/hpkvd")
+@main.command(
+    short_help="Serve until SIGTERM or SIGINT.",
+    epilog="Examples: hpkvd serve;  hpkvd serve --listen 127.0.0.1:0 --data /srv/hpkvd",
+)
 @_data
 @click.option("--listen", metavar="HOST:PORT", help="Instead of the settings'; port 0 picks one.")
 @click.option("--ready-fd", type=int, metavar="N", help="Write the address to this descriptor.")
@@ -168,7 +174,7 @@ async def _listen(host: str, port: int) -> list[trio.SocketListener]:
     try:
         return await trio.open_tcp_listeners(port, host=host)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        reason = error.strerror or str(error)
         message = f"cannot listen on {host}:{port} ({reason}); choose another with --listen"
         raise Failure(message, os.EX_UNAVAILABLE) from error
 
@@ -185,7 +191,10 @@ def _announce(ready_fd: int | None, address: str) -> None:
             ready.write(f"{address}\n")
 
 
-@main.command(epilog="Examples: hpkvd voucher --amount 1000;  hpkvd voucher --amount 50 --count 20")
+@main.command(
+    short_help="Make vouchers.",
+    epilog="Examples: hpkvd voucher --amount 1000;  hpkvd voucher --amount 50 --count 20",
+)
 @_data
 @click.option(
     "--amount", type=click.IntRange(1, AMOUNT_LIMIT - 1), required=True, help="Tokens each."
@@ -216,7 +225,10 @@ def voucher(data: Path, amount: int, count: int, as_json: bool) -> None:
         click.echo("\n".join(map(str, made)))
 
 
-@main.command(epilog="Examples: hpkvd status;  hpkvd status --json | jq .tokens.outstanding")
+@main.command(
+    short_help="Tell how much is stored and spent.",
+    epilog="Examples: hpkvd status;  hpkvd status --json | jq .tokens.outstanding",
+)
 @_data
 @_json
 @_failures

@@ -72,9 +72,7 @@ class Client:
         self.fs = Filesystem(self.volume, self.log, names, machine.clock)
         anchor = machine.known.anchor if machine.known else None
         next_id = anchor.next_id if anchor else BlobId(0)
-        self.publisher = Publisher(
-            self.volume, self.fs, self, b"writer00", next_id, machine.clock
-        )
+        self.publisher = Publisher(self.volume, self.fs, self, b"writer00", next_id, machine.clock)
         if anchor:
             self.fs.start(anchor.next_ino, anchor.size, anchor.files, anchor.redo)
         elif not self.fs.start(0, 0, 0, 0):

@@ -40,7 +40,7 @@ class World:
         return str(vouchers.make(self.ledger, amount, 1, secrets.token_bytes)[0])
 
     def client(
-        self, *, patience: float = 0.5, max_in_flight: int = 4, name: str = "wallet"
+        self, *, patience: float = 10, max_in_flight: int = 4, name: str = "wallet"
     ) -> RemoteStore:
         """A store over this client's journal; the last in `journals` is its."""
         journal = FailingJournal(self.directory / name, KEY, secrets.token_bytes)
@@ -61,6 +61,15 @@ class World:
         """A store that has redeemed a voucher."""
         store = self.client(**options)  # type: ignore[arg-type]  # options of client()
         await store.redeem(self.voucher(amount))
+        return store
+
+    async def impatient_client(self) -> RemoteStore:
+        """A rich one that gives up soon."""
+        await self.rich_client()
+        await self.journals[-1].flush()
+        self.kill()
+        store = self.client(patience=0.3)
+        await store.parameters()
         return store
 
     def assert_conserved(self, store: RemoteStore) -> None:

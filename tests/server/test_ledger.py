@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -423,6 +424,30 @@ async def test_a_full_disk_spends_nothing_and_leaves_reading_alone(funded: Sqlit
     assert await funded.recall(one.fingerprint, one.serials) is None
     assert await funded.read(key("x")) == blob("x")
     funded._write.execute(f"PRAGMA max_page_count = {pages * 10}")
+    assert isinstance(await funded.apply(one), Done)
+
+
+@contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes of a file fails, as on a broken disk: only COMMIT writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+async def test_a_commit_that_fails_spends_nothing(funded: SqliteLedger, path: Path) -> None:
+    await funded.apply(transaction("a", insert("x"), "s1", "s2"))
+    before = funded.totals()
+    one = transaction("b", insert("y"), "s3", "s4")
+    with files_no_longer_than(path.with_name(f"{path.name}-wal").stat().st_size + 5000):
+        with pytest.raises(LedgerError, match="IOERR"):
+            await funded.apply(one)
+        assert funded.totals() == before
+        assert await funded.read(key("x")) == blob("x")
+        assert await funded.recall(one.fingerprint, one.serials) is None
     assert isinstance(await funded.apply(one), Done)
 
 

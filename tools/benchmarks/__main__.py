@@ -48,4 +48,4 @@ def _print_table(name: str, figures: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="tools/bench")

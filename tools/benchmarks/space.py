@@ -3,9 +3,9 @@
     doc_ratio     blobs that /usr/share/doc takes / (bytes of its files / 16,384); at most 1.15
     small_blobs   blobs that 1,000 files of 1 KiB in one directory take; at most 100
 
-Counted is everything the newest generation needs: extents, tree nodes, anchors, dead-list
-pages. Trees go in through the operations that the FUSE adapter calls, without a mount, so this
-runs anywhere.
+Counted is everything that the generation published last needs: extents, tree nodes, anchors,
+pages of the dead list. Trees go in through the operations that the FUSE adapter calls, without
+a mount, so this runs anywhere.
 """
 
 from __future__ import annotations
@@ -15,66 +15,59 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
 import trio
-from tools.benchmarks.local import Server, local_server
 
+from hpkvfs.fs.backend import run as perform
 from hpkvfs.net.transport import TcpDialer
 from hpkvfs.session import Options, Session, open_session
 from hpkvfs.state import StateDirectory
 from hpkvfs.types import PAYLOAD_SIZE
-from hpkvfs.volume.items import ROOT_INO
+from hpkvfs.volume.items import ROOT_INO, Inode
 from hpkvfs.volume.keys import VaultKeys, make_words
+from tools.benchmarks.local import Server, local_server
 
-DOC = Path("/usr/share/doc")
-SMALL_FILES = 1_000
-SMALL_SIZE = 1_024
-TOKENS = 10_000_000
-CHUNK = 1 << 20
+DOC: Final = b"/usr/share/doc"
+SMALL_FILES: Final = 1_000
+SMALL_SIZE: Final = 1_024
+TOKENS: Final = 10_000_000
+WRITE_SIZE: Final = 128 * 1024
 
 T = TypeVar("T")
 
 
 def run(as_json: bool) -> dict[str, object]:
-    """Both figures; progress goes to standard error unless `as_json`."""
+    """Both figures; tells of its progress unless `as_json`."""
     with tempfile.TemporaryDirectory(prefix="hpkvfs-space-") as directory:
-        return trio.run(_measure, Path(directory), not as_json)
+        return trio.run(_measure, Path(directory), _silent if as_json else _tell)
 
 
-async def _measure(directory: Path, talk: bool) -> dict[str, object]:
-    def tell(message: str) -> None:
-        if talk:
-            print(message, file=sys.stderr)
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr)
 
+
+def _silent(message: str) -> None:
+    pass
+
+
+async def _measure(directory: Path, tell: Callable[[str], None]) -> dict[str, object]:
     with local_server(directory / "server") as server:
         async with _vault(directory / "doc", server) as session:
-            size = await _copy(session, DOC, ROOT_INO)
-            tell(f"copied {size:,} bytes of {DOC}")
-            await session.publish(_telling(tell))
-            doc_ratio = _live(session) / (size / PAYLOAD_SIZE)
+            tree = _Tree(session)
+            size = await tree.copy(DOC, ROOT_INO)
+            doc_blobs = await tree.publish()
+            tell(f"{size:,} bytes of {os.fsdecode(DOC)} take {doc_blobs:,} blobs")
         async with _vault(directory / "small", server) as session:
+            tree = _Tree(session)
             for number in range(SMALL_FILES):
-                data = secrets.token_bytes(SMALL_SIZE)
-                await _create(session, ROOT_INO, b"%04d" % number, [data])
-            await session.publish(_telling(tell))
-            small_blobs = _live(session)
-    return {"doc_ratio": round(doc_ratio, 4), "small_blobs": small_blobs}
-
-
-def _live(session: Session) -> int:
-    return int(session.status()["blobs_live"])
-
-
-def _telling(tell: Callable[[str], None]) -> Callable[[int, int], None]:
-    def progress(done: int, total: int) -> None:
-        if done == total:
-            tell(f"stored {done:,} blobs")
-
-    return progress
+                await tree.add_file(ROOT_INO, b"%d" % number, [secrets.token_bytes(SMALL_SIZE)])
+            small_blobs = await tree.publish()
+            tell(f"{SMALL_FILES:,} files of {SMALL_SIZE:,} bytes take {small_blobs:,} blobs")
+    return {"doc_ratio": round(doc_blobs * PAYLOAD_SIZE / size, 4), "small_blobs": small_blobs}
 
 
 @asynccontextmanager
@@ -83,37 +76,61 @@ async def _vault(path: Path, server: Server) -> AsyncIterator[Session]:
     state = StateDirectory(path)
     keys = VaultKeys.from_words(make_words(12, secrets.token_bytes))
     state.create(keys, server.address, None, secrets.token_bytes, new=True)
-    dialer, options = TcpDialer(server.host, server.port), Options(dirty_limit=1 << 40)
     async with open_session(
-        state, keys, dialer, options, clock=time.time_ns, rng=secrets.token_bytes
+        state,
+        keys,
+        TcpDialer(server.host, server.port),
+        Options(dirty_limit=1 << 40),
+        clock=time.time_ns,
+        rng=secrets.token_bytes,
     ) as session:
         await session.connect()
         await session.redeem(server.voucher(TOKENS))
         yield session
 
 
-async def _copy(session: Session, source: Path, parent: int) -> int:
-    """Copy a directory's content; bytes of its regular files, each link counted once."""
-    total, seen = 0, dict[tuple[int, int], int]()
-    for entry in sorted(os.scandir(os.fsencode(source)), key=lambda entry: entry.name):
-        info = entry.stat(follow_symlinks=False)
-        identity = info.st_dev, info.st_ino
-        if entry.is_symlink():
-            target = os.readlink(entry.path)
-            await _do(
-                session, lambda p=parent, e=entry, t=target: session.fs.symlink(p, e.name, t, 0, 0)
-            )
-        elif entry.is_dir(follow_symlinks=False):
-            ino = (
-                await _do(
-                    session,
-                    lambda p=parent, e=entry, m=info.st_mode: session.fs.make(p, e.name, m, 0, 0),
-                )
-            ).ino
-            total += await _copy(session, Path(os.fsdecode(entry.path)), ino)
-        elif entry.is_file(follow_symlinks=False):
-            total += info.st_size
-    return total
+class _Tree:
+    """Fills a vault the way a kernel would."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._fs = session.fs
+        self._copied: set[tuple[int, int]] = set()
+
+    async def publish(self) -> int:
+        """Publish everything; blobs that it takes."""
+        await self._session.publish()
+        return int(self._session.status()["blobs_live"])
+
+    async def copy(self, source: bytes, parent: int) -> int:
+        """Copy a directory's content; bytes of its regular files, however many names each has."""
+        size = 0
+        for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
+            info = entry.stat(follow_symlinks=False)
+            if entry.is_symlink():
+                await self._do(self._fs.symlink, parent, entry.name, os.readlink(entry.path), 0, 0)
+            elif entry.is_dir():
+                made = await self._do(self._fs.make, parent, entry.name, info.st_mode, 0, 0)
+                size += await self.copy(entry.path, made.ino)
+            elif entry.is_file() and (info.st_dev, info.st_ino) not in self._copied:
+                self._copied.add((info.st_dev, info.st_ino))
+                size += await self.add_file(parent, entry.name, _read(entry.path))
+        return size
+
+    async def add_file(self, parent: int, name: bytes, content: Iterable[bytes]) -> int:
+        """A new file; its size."""
+        made: Inode = await self._do(self._fs.make, parent, name, 0o100644, 0, 0)
+        offset = 0
+        for piece in content:
+            await self._session.admit(len(piece))
+            offset += await self._do(self._fs.write, made.ino, offset, piece)
+        return offset
+
+    async def _do(self, operation: Callable[..., T], *args: Any) -> T:
+        return await perform(self._session, lambda: operation(*args))
 
 
-async def _create(session: Session, parent: int, name: bytes, data: Iterator[bytes]) -> None: ...
+def _read(path: bytes) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while piece := file.read(WRITE_SIZE):
+            yield piece

@@ -1,0 +1,727 @@
+"""The command `hpkvfs`. Exit codes: errors.py; 2 also for a wrong command line.
+
+Heavy rooms are imported inside the commands that need them, so that asking a mounted vault
+something, or for help, takes no time. Secrets are read from files, standard input or the
+terminal; a voucher may also be an argument, for those who have no one to hide it from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from hpkvfs import control, ui
+from hpkvfs.address import DEFAULT_SERVER, Address
+from hpkvfs.errors import AlreadyInUse, HpkvError, UserError, VaultError
+
+if TYPE_CHECKING:
+    from hpkvfs.mount import Vault
+    from hpkvfs.state import StateDirectory
+    from hpkvfs.volume.keys import VaultKeys
+
+Result = dict[str, Any]
+
+
+class Failure(click.ClickException):
+    """One sentence, what to do, and the exit code."""
+
+    def __init__(self, error: HpkvError) -> None:
+        super().__init__(error.message)
+        self.hint = error.hint
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
+
+    def show(self, file: Any = None) -> None:
+        """As every other line of ours, on standard error."""
+        click.echo(f"hpkvfs: {self.message}", err=True)
+        if self.hint:
+            click.echo(f"  {self.hint}", err=True)
+
+
+class _Commands(click.Group):
+    """A group whose commands may raise errors of ours, or of the operating system."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HpkvError as error:
+            raise Failure(error) from error
+        except BrokenPipeError:
+            _leave_quietly()
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise Failure(HpkvError(f"{error.strerror or error}{where}")) from error
+
+
+def _leave_quietly() -> NoReturn:
+    """Nobody reads what we write any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+@dataclass(slots=True)
+class Settings:
+    """The options that every command has."""
+
+    path: Path
+    password_file: Path | None
+    insecure_direct: bool
+    verbose: bool
+    password_fd: int | None = None
+    new_password: str | None = field(default=None, repr=False)
+
+    @property
+    def state(self) -> StateDirectory:
+        """The state directory; nothing is read yet."""
+        from hpkvfs.state import StateDirectory
+
+        return StateDirectory(self.path)
+
+    @property
+    def socket(self) -> Path:
+        """Where a mounting process listens."""
+        return self.path / "control"
+
+    def address(self, text: str) -> Address:
+        """The server; UserError when talking to it would give the user away."""
+        address = Address.parse(text)
+        address.check_private(self.insecure_direct)
+        return address
+
+    def password(self, state: StateDirectory) -> str | None:
+        """The vault's password, asked for if it has one."""
+        if not state.needs_password:
+            return None
+        if self.new_password is not None:
+            return self.new_password
+        if self.password_fd is not None:
+            with os.fdopen(self.password_fd, "rb") as pipe:
+                return pipe.read().decode()
+        if self.password_file is not None:
+            return _read_secret(self.password_file, "password")
+        return _prompt("password", "--password-file")
+
+    def open(self) -> Vault:
+        """The vault, unlocked."""
+        from hpkvfs.mount import Vault
+        from hpkvfs.net.transport import TcpDialer
+
+        _guard_memory()
+        state = self.state
+        address = self.address(state.server)
+        keys = state.unlock(self.password(state))
+        return Vault(state, keys, TcpDialer(address.host, address.port))
+
+    def perform(self, name: str, arguments: Result, doing: str) -> Result:
+        """One command, by the process that has the vault mounted, or else by this one."""
+        mounted = control.reach(self.socket)
+        if mounted is not None:
+            with mounted, ui.progress(doing) as progress:
+                return control.ask(mounted, name, arguments, progress)
+        vault = self.open()
+        from hpkvfs import mount
+
+        with ui.progress(doing) as progress:
+            return mount.run(mount.perform, vault, name, arguments, progress)
+
+
+def _default_state() -> Path:
+    import platformdirs
+
+    return platformdirs.user_state_path("hpkvfs")
+
+
+def _version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib import metadata
+
+    version = "(not installed)"
+    with suppress(metadata.PackageNotFoundError):
+        version = metadata.version("hpkvfs")
+    click.echo(f"hpkvfs {version}")
+    context.exit()
+
+
+_pass_settings = click.make_pass_decorator(Settings)
+_file = click.Path(path_type=Path, dir_okay=False)
+_json = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Start with:
+  hpkvfs init                      write down the words it shows
+  hpkvfs redeem                    give it a voucher
+  hpkvfs mount ~/vault
+\b
+Completion of commands and options:
+  eval "$(hpkvfs completion bash)"
+""",
+)
+@click.option(
+    "--state",
+    "path",
+    metavar="DIR",
+    envvar="HPKVFS_STATE",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=_default_state,
+    show_default="$HPKVFS_STATE or ~/.local/state/hpkvfs",
+    help="Directory of the vault's local state.",
+)
+@click.option(
+    "--password-file",
+    metavar="FILE",
+    envvar="HPKVFS_PASSWORD_FILE",
+    type=_file,
+    help="Read the local password here ($HPKVFS_PASSWORD_FILE).",
+)
+@click.option(
+    "--insecure-direct",
+    is_flag=True,
+    envvar="HPKVFS_INSECURE_DIRECT",
+    help="Allow a server elsewhere, which then learns your address.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Tell more on standard error.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
+    help="Show the version.",
+)  # fmt: skip
+@click.pass_context
+def main(
+    context: click.Context,
+    path: Path,
+    password_file: Path | None,
+    insecure_direct: bool,
+    verbose: bool,
+) -> None:
+    """A filesystem on a server that does not know you.
+
+    A vault is named by 12 or 24 words, and paid for with tokens that can't be traced.
+    """
+    os.umask(0o077)
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.ERROR,
+        format="hpkvfs: %(message)s",
+    )
+    context.obj = Settings(path.absolute(), password_file, insecure_direct, verbose)
+
+
+# -- making and recovering vaults ------------------------------------------------------------
+
+_server = click.option(
+    "--server", metavar="HOST:PORT", default=DEFAULT_SERVER, show_default=True, help="The server."
+)
+_passphrase = click.option(
+    "--passphrase-file", metavar="FILE", type=_file, help="Read a BIP39 passphrase here."
+)
+_no_password = click.option(
+    "--no-password", is_flag=True, help="Keep the vault's key on this disk without a password."
+)
+_voucher_file = click.option(
+    "--voucher-file", metavar="FILE", type=_file, help="Read the voucher here."
+)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  hpkvfs init
+  hpkvfs init --words 24 --words-file /media/stick/words
+  hpkvfs --state /srv/vault --password-file pw init --server 127.0.0.1:7387
+"""
+)
+@_server
+@click.option("--words", type=click.Choice(["12", "24"]), default="12", show_default=True,
+              help="How many words.")  # fmt: skip
+@click.option("--words-file", metavar="FILE", type=_file, help="Write the words here, unseen.")
+@_passphrase
+@_no_password
+@_pass_settings
+def init(
+    settings: Settings,
+    server: str,
+    words: str,
+    words_file: Path | None,
+    passphrase_file: Path | None,
+    no_password: bool,
+) -> None:
+    """Make a new vault.
+
+    Shows the words once. They are the vault: whoever has them has everything in it, and
+    without them nothing can bring it back when this machine is lost.
+    """
+    settings.address(server)
+    state = settings.state
+    if state.exists:
+        raise VaultError(
+            f"there is a vault in {state.path} already", "name another directory with --state"
+        )
+    from secrets import token_bytes
+
+    from hpkvfs.volume.keys import VaultKeys, make_words
+
+    _guard_memory()
+    passphrase = _passphrase_in(passphrase_file)
+    password = _new_password(settings, no_password)
+    text = make_words(int(words), token_bytes)
+    if words_file is not None:
+        _write_new(words_file, text)
+    state.create(VaultKeys.from_words(text, passphrase), server, password, token_bytes, new=True)
+    _show_words(text, words_file)
+
+
+def _show_words(text: str, words_file: Path | None) -> None:
+    if words_file is not None:
+        ui.notice(f"the words are in {words_file}: keep it where only you find it")
+        return
+    ui.notice("these words are the vault: write them down, they are not shown again")
+    words = text.split()
+    for start in range(0, len(words), 4):
+        row = (f"{n + 1:>3} {words[n]:<9}" for n in range(start, start + 4))
+        click.echo("".join(row).rstrip())
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  hpkvfs recover --seed words.txt --voucher-file voucher.txt
+  hpkvfs recover --voucher-file voucher.txt ~/vault       asks for the words, then mounts
+  hpkvfs --state /tmp/second recover --seed - --no-password < words.txt
+"""
+)
+@click.option("--seed", metavar="FILE", type=click.Path(path_type=Path, allow_dash=True),
+              help="Read the words here, or - for standard input.")  # fmt: skip
+@_voucher_file
+@_passphrase
+@_server
+@_no_password
+@click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@_json
+@_pass_settings
+@click.pass_context
+def recover(
+    context: click.Context,
+    settings: Settings,
+    seed: Path | None,
+    voucher_file: Path | None,
+    passphrase_file: Path | None,
+    server: str,
+    no_password: bool,
+    directory: Path | None,
+    as_json: bool,
+) -> None:
+    """Bring a vault back from its words, into a state directory that has none.
+
+    Finding the newest generation takes a few tokens, so give a voucher. When it was cut short,
+    run it again. With DIR, the vault is then mounted there.
+    """
+    address = settings.address(server)
+    from hpkvfs import mount
+    from hpkvfs.net.transport import TcpDialer
+    from hpkvfs.volume.keys import VaultKeys
+
+    _guard_memory()
+    words = _read_secret(seed, "words") if seed else _prompt("words", "--seed")
+    keys = VaultKeys.from_words(words, _passphrase_in(passphrase_file))
+    voucher = _read_secret(voucher_file, "voucher") if voucher_file else None
+    state = settings.state
+    _create_or_resume(settings, state, keys, server, no_password)
+    vault = mount.Vault(state, keys, TcpDialer(address.host, address.port))
+    with ui.waiting("looking for the newest generation"):
+        result = mount.run(mount.recover, vault, voucher)
+    if directory is not None:
+        context.invoke(mount_, directory=directory)
+    _show(result, as_json, _recovered)
+
+
+def _create_or_resume(
+    settings: Settings, state: StateDirectory, keys: VaultKeys, server: str, no_password: bool
+) -> None:
+    if not state.exists:
+        from secrets import token_bytes
+
+        password = _new_password(settings, no_password)
+        state.create(keys, server, password, token_bytes, new=False)
+    elif state.fingerprint != keys.fingerprint:
+        raise VaultError(
+            f"the vault in {state.path} has other words, or another passphrase",
+            "name another directory with --state",
+        )
+    elif state.server != server:
+        state.set_server(server)
+
+
+def _recovered(result: Result) -> str:
+    orphans = result["orphans"]
+    found = f"; {orphans} blobs of an unfinished publication will be collected" if orphans else ""
+    return (
+        f"recovered generation {result['generation']}: {result['files']:,} files with"
+        f" {ui.size(result['bytes'])}{found}"
+    )
+
+
+# -- tokens ----------------------------------------------------------------------------------
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  hpkvfs redeem                            asks for the voucher
+  hpkvfs redeem - < voucher.txt
+  hpkvfs redeem --voucher-file voucher.txt
+  hpkvfs redeem hpkv1-1000-...             others on this machine may see it in the list of processes
+"""  # noqa: E501
+)
+@click.argument("voucher", required=False)
+@_voucher_file
+@_json
+@_pass_settings
+def redeem(
+    settings: Settings, voucher: str | None, voucher_file: Path | None, as_json: bool
+) -> None:
+    """Turn a voucher into tokens.
+
+    When it was cut short, run it again: no token is lost.
+    """
+    if voucher is not None and voucher_file is not None:
+        raise click.UsageError("give the voucher once")
+    if voucher_file is not None or voucher == "-":
+        voucher = _read_secret(voucher_file or Path("-"), "voucher")
+    if voucher is None:
+        voucher = _prompt("voucher", "--voucher-file")
+    result = settings.perform("redeem", {"voucher": voucher}, "redeeming")
+    _show(result, as_json, lambda r: f"{r['amount']:,} tokens redeemed; {r['held']:,} in all")
+
+
+@main.command(epilog="Examples: hpkvfs balance;  hpkvfs balance --json | jq .held")
+@_json
+@_pass_settings
+def balance(settings: Settings, as_json: bool) -> None:
+    """Tell how many tokens there are.
+
+    Pending ones are in requests whose answer has not come yet; they are settled when the
+    server can be reached.
+    """
+    result = settings.perform("balance", {}, "looking")
+    _show(result, as_json, lambda r: f"{r['held']:,} tokens held, {r['pending']:,} pending")
+
+
+# -- mounting --------------------------------------------------------------------------------
+
+
+@main.command(
+    "mount",
+    epilog="""\b
+Examples:
+  hpkvfs mount ~/vault
+  hpkvfs mount --publish-interval 2 --durability remote ~/vault
+  hpkvfs mount --foreground ~/vault        for a service manager; stop it with SIGTERM
+""",
+)
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--foreground", is_flag=True, help="Stay until it is unmounted.")
+@click.option("--allow-other", is_flag=True, help="Let other users in, as permissions allow.")
+@click.option("--read-only", is_flag=True, help="Allow no changes.")
+@click.option("--publish-interval", type=click.FloatRange(min=0.1), default=10.0, metavar="S",
+              show_default=True, help="Seconds until changes are at the server.")  # fmt: skip
+@click.option("--durability", type=click.Choice(["local", "remote"]), default="local",
+              show_default=True, help="Where data is when fsync returns.")  # fmt: skip
+@click.option("--cache-size", type=click.IntRange(min=1), default=1024, metavar="MIB",
+              show_default=True, help="Encrypted cache on this disk.")  # fmt: skip
+@click.option("--ready-fd", type=int, hidden=True)
+@click.option("--password-fd", type=int, hidden=True)
+@_pass_settings
+def mount_(
+    settings: Settings,
+    directory: Path,
+    foreground: bool,
+    allow_other: bool,
+    read_only: bool,
+    publish_interval: float,
+    durability: str,
+    cache_size: int,
+    ready_fd: int | None,
+    password_fd: int | None,
+) -> None:
+    """Mount the vault on DIR, an empty directory.
+
+    Also without its server: what was used before can be read, and what is written now is
+    published when the server is back.
+    """
+    settings.password_fd = password_fd
+    if ready_fd is None:
+        _check_free(settings)
+    if not foreground:
+        flags = ["--publish-interval", str(publish_interval), "--durability", durability,
+                 "--cache-size", str(cache_size)]  # fmt: skip
+        flags += ["--allow-other"] * allow_other + ["--read-only"] * read_only
+        _mount_in_background(settings, directory, flags)
+        return
+    from hpkvfs.session import Options
+
+    options = Options(
+        publish_interval=publish_interval,
+        remote_durability=durability == "remote",
+        cache_bytes=cache_size << 20,
+    )
+    _mount_here(settings, directory, options, allow_other, read_only, ready_fd)
+
+
+def _check_free(settings: Settings) -> None:
+    """AlreadyInUse when it is mounted; says where."""
+    connection = control.reach(settings.socket)
+    if connection is not None:
+        with connection:
+            where = control.ask(connection, "status", {})["mounted"]
+        raise AlreadyInUse(
+            f"the vault in {settings.path} is mounted on {where} already", "unmount it there first"
+        )
+
+
+def _mount_in_background(settings: Settings, directory: Path, flags: list[str]) -> None:
+    from hpkvfs import background
+
+    settings.address(settings.state.server)
+    password = settings.password(settings.state)
+    arguments = ["--state", str(settings.path)]
+    arguments += ["--insecure-direct"] * settings.insecure_direct + ["-v"] * settings.verbose
+    arguments += ["mount", "--foreground", *flags]
+    with ui.waiting("connecting"):
+        background.start(arguments, directory, password, settings.path / "log", ui.notice)
+
+
+def _mount_here(
+    settings: Settings, directory: Path, options: Any, allow_other: bool, read_only: bool,
+    ready_fd: int | None,
+) -> None:  # fmt: skip
+    from hpkvfs import background, mount
+
+    herald = background.Herald(ready_fd) if ready_fd is not None else None
+    try:
+        _log_to_stderr(settings.verbose)
+        vault = settings.open()
+        request = mount.Mount(
+            directory=directory.absolute(),
+            ready=herald.ready if herald else lambda: None,
+            notice=herald.notice if herald else ui.notice,
+            read_only=read_only,
+            allow_other=allow_other,
+            options=options,
+        )
+        os.chdir("/")
+        mount.run(mount.mount, vault, request)
+    except HpkvError as error:
+        if herald is None:
+            raise
+        logging.getLogger("hpkvfs").error("%s", error)
+        herald.failed(error)
+        sys.exit(error.exit_code)
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", force=True)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  hpkvfs umount ~/vault
+  hpkvfs --state /srv/vault umount
+"""
+)
+@click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Also when programs use it.")
+@_pass_settings
+def umount(settings: Settings, directory: Path | None, force: bool) -> None:
+    """Publish what is left, and unmount the vault.
+
+    When the server is away, it is unmounted without: what is left stays in the state directory
+    and is published after the next mount. Exit code 4 then.
+    """
+    connection = control.reach(settings.socket)
+    if connection is None:
+        raise UserError(
+            f"the vault in {settings.path} is not mounted", "name its state directory with --state"
+        )
+    with connection:
+        if directory is not None:
+            _check_mounted_on(settings, directory.resolve())
+        with ui.progress("publishing") as progress:
+            result = control.ask(connection, "unmount", {"force": force}, progress)
+        control.wait_for_end(connection)
+    if result["trouble"]:
+        error = HpkvError(
+            f"unmounted, but {ui.size(result['unpublished_bytes'])} are not published:"
+            f" {result['trouble']}",
+            f"they are kept in {settings.path}; mount again when that is settled",
+        )
+        error.exit_code = 4
+        raise error
+
+
+def _check_mounted_on(settings: Settings, directory: Path) -> None:
+    connection = control.reach(settings.socket)
+    if connection is None:
+        return
+    with connection:
+        where = control.ask(connection, "status", {})["mounted"]
+    if where != str(directory):
+        raise UserError(
+            f"the vault in {settings.path} is mounted on {where}, not on {directory}",
+            "name the other one's state directory with --state",
+        )
+
+
+@main.command(epilog="Examples: hpkvfs sync;  hpkvfs sync && rsync -a ~/vault/ /mnt/copy/")
+@_json
+@_pass_settings
+def sync(settings: Settings, as_json: bool) -> None:
+    """Publish all changes so far, and return when they are at the server."""
+    result = settings.perform("sync", {}, "publishing")
+    _show(result, as_json, lambda r: f"generation {r['generation']} is at the server")
+
+
+# -- looking after it ------------------------------------------------------------------------
+
+
+@main.command(epilog="Examples: hpkvfs status;  hpkvfs status --json | jq .unpublished_bytes")
+@_json
+@_pass_settings
+def status(settings: Settings, as_json: bool) -> None:
+    """Tell what the vault holds, what it costs, and how it is."""
+    result = settings.perform("status", {}, "looking")
+    server = str(json.loads((settings.path / "vault").read_text())["server"])
+    result = {"state": str(settings.path), "server": server, "mounted": None, **result}
+    _show(result, as_json, lambda r: ui.status(r, str(settings.path), server))
+
+
+@main.command(epilog="Examples: hpkvfs gc;  hpkvfs gc --json | jq .gained")
+@_json
+@_pass_settings
+def gc(settings: Settings, as_json: bool) -> None:
+    """Delete what is no longer needed at the server, for tokens."""
+    result = settings.perform("gc", {}, "deleting")
+    _show(
+        result,
+        as_json,
+        lambda r: f"{r['deleted']:,} blobs deleted, {r['gained']:+,} tokens; {r['held']:,} in all",
+    )
+
+
+@main.command(epilog="Examples: hpkvfs fsck;  hpkvfs fsck --full --json")
+@click.option("--full", is_flag=True, help="Also fetch and verify all file data (costs tokens).")
+@_json
+@_pass_settings
+@click.pass_context
+def fsck(context: click.Context, settings: Settings, full: bool, as_json: bool) -> None:
+    """Check the vault at the server. Exit code 3 when something is wrong with it."""
+    result = settings.perform("fsck", {"full": full}, "checking")
+    _show(result, as_json, _checked)
+    if result["problems"] or result["damaged"]:
+        context.exit(VaultError.exit_code)
+
+
+def _checked(result: Result) -> str:
+    found = (
+        f"generation {result['generation']}: {result['files']:,} files, {result['nodes']:,} nodes,"
+        f" {result['extents']:,} extents, {result['dead']:,} dead blobs"
+    )
+    problems = result["problems"] + [f"inode {ino} is damaged" for ino in result["damaged"]]
+    return "\n".join([found, *problems, "" if problems else "no problems"]).rstrip()
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  eval "$(hpkvfs completion bash)"
+  hpkvfs completion fish > ~/.config/fish/completions/hpkvfs.fish
+"""
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Write a shell's commands that complete ours."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "hpkvfs", "_HPKVFS_COMPLETE").source())
+
+
+# -- secrets ---------------------------------------------------------------------------------
+
+
+def _read_secret(path: Path, what: str) -> str:
+    """A secret from a file, or standard input for `-`; UserError."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"can't read the {what} from {path}: {reason}") from None
+    text = text.removesuffix("\n")
+    if not text.strip():
+        raise UserError(f"there is no {what} in {path}")
+    return text
+
+
+def _passphrase_in(path: Path | None) -> str:
+    return _read_secret(path, "passphrase") if path else ""
+
+
+def _prompt(what: str, option: str, *, twice: bool = False) -> str:
+    try:
+        text: str = click.prompt(what, hide_input=True, confirmation_prompt=twice, err=True)
+    except click.Abort:
+        raise UserError(f"no {what} was given", f"give it with {option}") from None
+    return text
+
+
+def _new_password(settings: Settings, none: bool) -> str | None:
+    if none:
+        ui.notice("without a password, whoever reads this disk reads the vault")
+        return None
+    if settings.password_file is not None:
+        password = _read_secret(settings.password_file, "password")
+    else:
+        option = "--password-file or --no-password"
+        password = _prompt("new password for this machine", option, twice=True)
+    settings.new_password = password
+    return password
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write to a file that does not exist yet, for this user alone; UserError."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"can't write the words to {path}: {error.strerror}", "name a new file"
+        ) from None
+
+
+def _guard_memory() -> None:
+    """No core dumps and no debuggers of this user's other programs: there are keys here."""
+    import ctypes
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+
+
+def _show(result: Result, as_json: bool, text: Callable[[Result], str]) -> None:
+    click.echo(json.dumps(result) if as_json else text(result))

@@ -1,0 +1,243 @@
+"""What can be asked of a vault in use, and the socket on which a mounting process is asked.
+
+The same commands serve a vault that is not mounted: mount.py then opens it for one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import trio
+
+from hpkvfs.control import MAX_LINE, Progress, encode, encode_error, short_path
+from hpkvfs.errors import HpkvError, UserError
+from hpkvfs.session import Session
+
+log = logging.getLogger(__name__)
+
+Arguments: TypeAlias = dict[str, Any]
+Result: TypeAlias = dict[str, Any]
+Command: TypeAlias = Callable[[Arguments, Progress], Awaitable[Result]]
+
+REQUEST_SECONDS: Final = 5.0
+DRAIN_SECONDS: Final = 5.0
+_UCRED: Final = struct.Struct("3i")
+
+
+@contextmanager
+def ungrouped() -> Iterator[None]:
+    """Raise the error of ours that a group consists of, instead of the group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        interrupted, other = group.split(KeyboardInterrupt)
+        if interrupted is not None:
+            raise KeyboardInterrupt from None
+        if other is None or other.split(HpkvError)[1] is not None:
+            raise
+        raise _first(other) from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+class Commands:
+    """The commands over one session, by name. Those that change something take turns."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._turn = trio.Lock()
+        self._free: dict[str, Command] = {"status": self._status, "balance": self._balance}
+        self._in_turn: dict[str, Command] = {
+            "sync": self._sync,
+            "gc": self._gc,
+            "fsck": self._fsck,
+            "redeem": self._redeem,
+        }
+
+    async def run(self, name: str, arguments: Arguments, progress: Progress) -> Result:
+        """Carry out one command; HpkvError."""
+        with ungrouped():
+            if command := self._free.get(name):
+                return await command(arguments, progress)
+            if command := self._in_turn.get(name):
+                async with self._turn:
+                    return await command(arguments, progress)
+        raise UserError(f"there is no command {name!r}", "is the mounted hpkvfs an older one?")
+
+    async def _status(self, arguments: Arguments, progress: Progress) -> Result:
+        return self.session.status()
+
+    async def _balance(self, arguments: Arguments, progress: Progress) -> Result:
+        balance = self.session.store.balance
+        return {"held": balance.held, "pending": balance.pending, "total": balance.total}
+
+    async def _sync(self, arguments: Arguments, progress: Progress) -> Result:
+        await self.session.publish(progress)
+        return {"generation": self.session.status()["generation"]}
+
+    async def _gc(self, arguments: Arguments, progress: Progress) -> Result:
+        before = self.session.store.balance.total
+        collected = await self.session.gc(progress)
+        after = self.session.store.balance.total
+        return {
+            "deleted": len(collected.deleted),
+            "absent": len(collected.absent),
+            "gained": after - before,
+            "held": after,
+        }
+
+    async def _fsck(self, arguments: Arguments, progress: Progress) -> Result:
+        report = await self.session.fsck(extents=bool(arguments.get("full")), progress=progress)
+        return {
+            "generation": report.generation,
+            "files": report.files,
+            "bytes": report.bytes,
+            "nodes": report.nodes,
+            "extents": report.extents,
+            "dead": report.dead,
+            "problems": report.problems,
+            "damaged": sorted(report.damaged),
+        }
+
+    async def _redeem(self, arguments: Arguments, progress: Progress) -> Result:
+        amount = await self.session.redeem(str(arguments["voucher"]))
+        return {"amount": amount, "held": self.session.store.balance.total}
+
+
+def listen(path: Path) -> trio.SocketListener:
+    """A socket at `path`, for this user alone. The caller holds the vault's lock."""
+    path.unlink(missing_ok=True)
+    plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        with short_path(path) as short:
+            plain.bind(short)
+    finally:
+        os.umask(mask)
+    plain.listen(16)
+    return trio.SocketListener(trio.socket.from_stdlib_socket(plain))
+
+
+async def serve(listener: trio.SocketListener, commands: Commands, stop: trio.Event) -> None:
+    """Carry out commands until `stop`, then finish telling the results of those under way."""
+
+    async def converse(stream: trio.SocketStream) -> None:
+        try:
+            await _converse(stream, commands)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("who asked for a command went away")
+
+    async with trio.open_nursery() as connections:
+        async with trio.open_nursery() as accepting:
+            accepting.start_soon(_accept, listener, connections, converse)
+            await stop.wait()
+            accepting.cancel_scope.cancel()
+        connections.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
+
+
+async def _accept(
+    listener: trio.SocketListener,
+    connections: trio.Nursery,
+    converse: Callable[[trio.SocketStream], Awaitable[None]],
+) -> None:
+    async with listener:
+        while True:
+            stream = await listener.accept()
+            if _is_ours(stream):
+                connections.start_soon(converse, stream)
+            else:
+                await trio.aclose_forcefully(stream)
+
+
+def _is_ours(stream: trio.SocketStream) -> bool:
+    """Whether the other end runs as this user, or as root."""
+    raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _, uid, _ = _UCRED.unpack(raw)
+    return uid in (0, os.getuid())
+
+
+async def _converse(stream: trio.SocketStream, commands: Commands) -> None:
+    async with stream:
+        try:
+            request = json.loads(await _line(stream))
+            name, arguments = str(request["command"]), dict(request["arguments"])
+        except (ValueError, KeyError, TypeError):
+            error = UserError("a command that can't be read")
+            await stream.send_all(encode({"error": encode_error(error)}))
+            return
+        reply = await _carry_out(stream, commands, name, arguments)
+        if reply is None:
+            return
+        if name == "unmount":
+            # left open on purpose: who asked waits for its end, which is that of the process
+            os.dup(stream.socket.fileno())
+        await stream.send_all(encode(reply))
+
+
+async def _line(stream: trio.SocketStream) -> bytes:
+    """One request; less than a line when it is too long, too slow or breaks off."""
+    line = b""
+    with trio.move_on_after(REQUEST_SECONDS):
+        while not line.endswith(b"\n") and len(line) <= MAX_LINE:
+            part = await stream.receive_some(65_536)
+            if not part:
+                break
+            line += part
+    return line
+
+
+async def _carry_out(
+    stream: trio.SocketStream, commands: Commands, name: str, arguments: Arguments
+) -> dict[str, Any] | None:
+    """The reply, with progress told until then; None when the other end went away."""
+    latest, news = (0, 0), trio.Event()
+
+    def report(done: int, total: int) -> None:
+        nonlocal latest
+        latest = (done, total)
+        news.set()
+
+    async def tell() -> None:
+        nonlocal news
+        try:
+            while True:
+                await news.wait()
+                news = trio.Event()
+                with trio.move_on_after(REQUEST_SECONDS, shield=True):  # whole lines only
+                    await stream.send_all(encode({"progress": latest}))
+        except trio.BrokenResourceError:
+            nursery.cancel_scope.cancel()
+
+    reply = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tell)
+        reply = await _reply(commands, name, arguments, report)
+        nursery.cancel_scope.cancel()
+    return reply
+
+
+async def _reply(
+    commands: Commands, name: str, arguments: Arguments, report: Progress
+) -> dict[str, Any]:
+    try:
+        return {"result": await commands.run(name, arguments, report)}
+    except HpkvError as error:
+        return {"error": encode_error(error)}
+    except Exception:
+        log.exception("%s failed", name)
+        return {
+            "error": encode_error(HpkvError(f"{name} failed: a bug", "the log has the details"))
+        }

@@ -1,0 +1,380 @@
+"""Composition: a vault opened for one command, or mounted until it is unmounted.
+
+A mounting process lives through these steps, and each is undone by the end of its scope:
+
+    lock the state directory, read local state          (state.py, session.open_session)
+    connect to the server, or note why not              _start
+    publish in the background, answer commands          Session.keep_going, commands.serve
+    answer the kernel until unmounted                   fuse.serve
+    publish what is left                                _finish
+
+What can't be published stays in the redo log, and is published after the next mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import trio
+
+from hpkvfs import commands
+from hpkvfs.commands import Arguments, Commands, Result, ungrouped
+from hpkvfs.control import Progress, no_progress
+from hpkvfs.errors import HpkvError, Misbehaviour, SecondWriter, StoreError, Unreachable, UserError
+from hpkvfs.net.transport import Dialer
+from hpkvfs.session import Options, Session, open_session
+from hpkvfs.state import StateDirectory
+from hpkvfs.types import Generation
+from hpkvfs.volume.keys import VaultKeys
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PROBE_SECONDS: Final = 5.0
+NEEDS_NO_SERVER: Final = ("status", "balance", "redeem")
+
+
+@dataclass(frozen=True, slots=True)
+class Vault:
+    """A vault on this machine, its keys, and the way to its server."""
+
+    state: StateDirectory
+    keys: VaultKeys
+    dialer: Dialer
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """Where and how to mount; `notice` is told what the user should know at once."""
+
+    directory: Path
+    ready: Callable[[], None]
+    notice: Callable[[str], None]
+    read_only: bool = False
+    allow_other: bool = False
+    options: Options = field(default_factory=Options)
+
+
+def run(function: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """trio.run, raising errors of ours and KeyboardInterrupt bare."""
+    with ungrouped():
+        return trio.run(function, *args)
+
+
+@asynccontextmanager
+async def opened(vault: Vault, options: Options) -> AsyncIterator[Session]:
+    """The vault, from local state alone; AlreadyInUse, VaultError."""
+    async with open_session(
+        vault.state,
+        vault.keys,
+        vault.dialer,
+        options,
+        clock=time.time_ns,
+        rng=secrets.token_bytes,
+        uid=os.getuid(),
+        gid=os.getgid(),
+    ) as session:
+        yield session
+
+
+def _is_lost(vault: Vault, session: Session) -> bool:
+    """Whether this state directory has yet to learn what the vault holds."""
+    return session.volume.known is None and not vault.state.is_new
+
+
+# -- without mounting ------------------------------------------------------------------------
+
+
+async def perform(vault: Vault, name: str, arguments: Arguments, progress: Progress) -> Result:
+    """Open the vault for one command; AlreadyInUse, and what the command raises."""
+    async with opened(vault, Options()) as session:
+        if _is_lost(vault, session) and name not in NEEDS_NO_SERVER:
+            await session.recover()
+        return await Commands(session).run(name, arguments, progress)
+
+
+async def recover(vault: Vault, voucher: str | None) -> Result:
+    """Bring a vault back from its keys alone; VaultError when the server has none of it.
+
+    When it was cut short, calling it again with the same voucher goes on.
+    """
+    async with opened(vault, Options()) as session:
+        if not _is_lost(vault, session):
+            raise UserError(
+                f"the vault in {vault.state.path} is here already", "mount it with hpkvfs mount"
+            )
+        if voucher is not None:
+            await _redeem_again(session, voucher)
+        generation, orphans = await _recover(session)
+        return {"generation": generation, "orphans": orphans, **session.status()}
+
+
+async def _recover(session: Session) -> tuple[Generation, int]:
+    with ungrouped():
+        return await session.recover()
+
+
+async def _redeem_again(session: Session, voucher: str) -> None:
+    """Redeem, unless an earlier try did."""
+    try:
+        await session.redeem(voucher)
+    except UserError:
+        if not session.store.balance.total:
+            raise
+
+
+# -- mounted ---------------------------------------------------------------------------------
+
+
+class MountedCommands(Commands):
+    """Commands of a mounted vault: also those that need to know where it is mounted."""
+
+    def __init__(self, session: Session, vault: Vault, request: Mount) -> None:
+        super().__init__(session)
+        self._vault = vault
+        self._request = request
+        self._free["status"] = self._mounted_status
+        self._free["unmount"] = self._unmount
+        self._leave = trio.Event()
+        self._finished = trio.Event()
+        self._report: Progress = no_progress
+        self._outcome: Result = {}
+
+    async def _mounted_status(self, arguments: Arguments, progress: Progress) -> Result:
+        return {
+            **self.session.status(),
+            "mounted": str(self._request.directory),
+            "read_only": self._request.read_only,
+            "pid": os.getpid(),
+        }
+
+    async def _unmount(self, arguments: Arguments, progress: Progress) -> Result:
+        """Publish while the filesystem still answers, then unmount, then the rest."""
+        self._report = progress
+        if not await _is_pointless(self.session, self._vault.dialer):
+            try:
+                with ungrouped():
+                    await self.session.publish(progress)
+            except HpkvError as error:
+                log.warning("before unmounting: %s", error)
+        if arguments.get("force"):
+            self._leave.set()
+        else:
+            await _detach(self._request.directory)
+        await self._finished.wait()
+        return self._outcome
+
+    async def told_to_leave(self) -> None:
+        """Return when someone wants the filesystem gone whether it is in use or not."""
+        await self._leave.wait()
+
+    async def finish(self) -> None:
+        """Publish what is left after unmounting, and say what could not be."""
+        trouble = await _finish(self.session, self._vault.dialer, lambda d, t: self._report(d, t))
+        left = self.session.status()["unpublished_bytes"] if trouble else 0
+        self._outcome = {"trouble": trouble, "unpublished_bytes": left}
+        if trouble:
+            log.warning("not published: %s; it is kept in %s", trouble, self._vault.state.path)
+        self._finished.set()
+
+
+async def mount(vault: Vault, request: Mount) -> None:
+    """Mount, serve until unmounted or told to stop, publish what is left.
+
+    AlreadyInUse, UserError (the directory), SecondWriter, Misbehaviour.
+    """
+    from hpkvfs import fuse
+
+    directory = mount_point(request.directory)
+    options = fuse.mount_options(read_only=request.read_only, allow_other=request.allow_other)
+    async with opened(vault, request.options) as session:
+        await _start(vault, session, request)
+        served = MountedCommands(session, vault, request)
+        listener, stop = commands.listen(vault.state.control), trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(commands.serve, listener, served, stop)
+            try:
+                async with trio.open_nursery() as background:
+                    background.start_soon(session.keep_going)
+                    await _serve(fuse, session, directory, options, request, served)
+                    await _unless_told_again(served.finish)
+                    background.cancel_scope.cancel()
+            finally:
+                vault.state.control.unlink(missing_ok=True)
+                stop.set()
+
+
+async def _start(vault: Vault, session: Session, request: Mount) -> None:
+    """Connect; go on without the server if it is merely not there, or wants tokens."""
+    if _is_lost(vault, session):
+        await _recover(session)
+        return
+    try:
+        with ungrouped():
+            await _probe(vault.dialer)
+            await session.connect()
+    except (SecondWriter, Misbehaviour) as error:
+        if not request.read_only:
+            raise
+        request.notice(f"{error.message}; what is known here is mounted")
+    except StoreError as error:
+        session.offline_because = error
+        request.notice(f"{error.message}; what is here can be used, and is published later")
+
+
+async def _probe(dialer: Dialer) -> None:
+    """Unreachable, without the patience that a request has."""
+    try:
+        with trio.fail_after(PROBE_SECONDS):
+            await trio.aclose_forcefully(await dialer.dial())
+    except OSError as error:
+        raise Unreachable(f"the server cannot be reached: {error.strerror or error}") from None
+    except trio.TooSlowError:
+        raise Unreachable(f"no answer in {PROBE_SECONDS:g} seconds") from None
+
+
+async def _serve(
+    fuse: Any,
+    session: Session,
+    directory: Path,
+    options: set[str],
+    request: Mount,
+    served: MountedCommands,
+) -> None:
+    """Answer the kernel until unmounted, SIGTERM, SIGINT, or a forced unmount."""
+    is_mounted = False
+
+    def ready() -> None:
+        nonlocal is_mounted
+        is_mounted = True
+        nursery.start_soon(leave_on_signal)
+        nursery.start_soon(leave_when_told)
+        request.ready()
+
+    async def leave_on_signal() -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            await anext(signals)
+            fuse.stop()
+
+    async def leave_when_told() -> None:
+        await served.told_to_leave()
+        fuse.stop()
+
+    async with trio.open_nursery() as nursery:
+        try:
+            await fuse.serve(session, str(directory), options, ready)
+        except RuntimeError as error:
+            if is_mounted:
+                raise
+            log.error("%s", error)
+            raise UserError(
+                f"{directory} can't be mounted on", "the log in the state directory says why"
+            ) from None
+        nursery.cancel_scope.cancel()
+
+
+async def _unless_told_again(function: Callable[[], Awaitable[None]]) -> None:
+    """Run it, but leave it at the next SIGTERM or SIGINT."""
+
+    async def obey() -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            await anext(signals)
+            log.warning("stopped before all was published; the rest is kept")
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(obey)
+        await function()
+        nursery.cancel_scope.cancel()
+
+
+async def _finish(session: Session, dialer: Dialer, progress: Progress) -> str | None:
+    """Publish what is left; why it could not be, or None."""
+    try:
+        if await _is_pointless(session, dialer):
+            return session.status()["trouble"] if session.publisher.pending else None
+        with ungrouped():
+            await session.finish(progress)
+    except HpkvError as error:
+        return error.message
+    return None
+
+
+async def _is_pointless(session: Session, dialer: Dialer) -> bool:
+    """Whether the server was away lately, and still is."""
+    if session.status()["trouble"] is None:
+        return False
+    try:
+        await _probe(dialer)
+    except Unreachable:
+        return True
+    return False
+
+
+async def _detach(directory: Path) -> None:
+    """Unmount as umount(8) does; UserError when the filesystem is in use."""
+    try:
+        done = await trio.run_process(
+            ["fusermount3", "-u", "--", str(directory)],
+            check=False,
+            capture_stderr=True,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        raise UserError("fusermount3 is missing", "install fuse3") from None
+    if done.returncode == 0:
+        return
+    said = done.stderr.decode(errors="replace").strip()
+    log.warning("fusermount3: %s", said)
+    if "busy" in said:
+        raise UserError(
+            f"{directory} is in use",
+            f"end what uses it (fuser -vm {directory}), or leave with --force",
+        )
+    raise UserError(f"{directory} can't be unmounted", said)
+
+
+def mount_point(directory: Path) -> Path:
+    """The directory to mount on, made ready for it; UserError when it can't be."""
+    path = directory.absolute()
+    try:
+        entries = os.listdir(path)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return _without_dead_mount(path)
+        raise UserError(f"can't mount on {path}: {error.strerror}", _MAKE_IT) from None
+    path = path.resolve()
+    if path.is_mount():
+        raise UserError(f"something is mounted on {path} already", "unmount it, or name another")
+    if entries:
+        raise UserError(f"{path} is not empty", "mount on an empty directory")
+    return path
+
+
+_MAKE_IT: Final = "make an empty directory to mount on"
+
+
+def _without_dead_mount(path: Path) -> Path:
+    """Take away a mount whose process was killed."""
+    done = subprocess.run(
+        ["fusermount3", "-u", "-z", "--", str(path)], check=False, capture_output=True
+    )
+    if done.returncode:
+        raise UserError(
+            f"the process that had mounted {path} is gone, and its mount is in the way",
+            f"fusermount3 -u {path}",
+        )
+    log.info("took away the dead mount on %s", path)
+    return mount_point(path)

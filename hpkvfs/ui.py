@@ -1,0 +1,86 @@
+"""How things look in a terminal. rich is loaded only when something takes long enough to show."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from hpkvfs.control import Progress, no_progress
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@contextmanager
+def progress(doing: str) -> Iterator[Progress]:
+    """A progress bar on standard error while the block runs; nothing when it is no terminal."""
+    if not sys.stderr.isatty():
+        yield no_progress
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(doing, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def waiting(doing: str) -> Iterator[None]:
+    """A spinner on standard error while the block runs; nothing when it is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(doing):
+        yield
+
+
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    amount, unit = float(count), 0
+    while amount >= 1024 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1024, unit + 1
+    return f"{amount:.1f} {_UNITS[unit]}" if unit else f"{count} B"
+
+
+def facts(rows: Mapping[str, str]) -> str:
+    """Names and values, aligned."""
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows.items())
+
+
+def notice(text: str) -> None:
+    """Something the user should know, on standard error."""
+    click.echo(f"hpkvfs: {text}", err=True)
+
+
+def status(report: Mapping[str, Any], state: str, server: str) -> str:
+    """`hpkvfs status` for people."""
+    mounted = report.get("mounted")
+    how = ", read-only" if report.get("read_only") else ""
+    where = f"{mounted} (process {report['pid']}{how})" if mounted else "no"
+    link = "connected" if report["connected"] else "not connected"
+    factor = report["amplification"]
+    rows = {
+        "vault": state,
+        "mounted": where,
+        "server": f"{server}, {link}" if mounted else server,
+        "generation": "none yet" if report["generation"] is None else f"{report['generation']:,}",
+        "files": f"{report['files']:,} with {size(report['bytes'])}",
+        "at the server": f"{report['blobs_live']:,} blobs, {size(report['bytes_stored'])}"
+        + (f", {factor} times the data" if factor else ""),
+        "dead": f"{report['blobs_dead']:,} blobs; hpkvfs gc gives tokens for them",
+        "unpublished": size(report["unpublished_bytes"]),
+        "tokens": f"{report['tokens_held']:,} held, {report['tokens_pending']:,} pending",
+        "room": f"{report['free_blobs']:,} blobs",
+    }
+    if report["trouble"]:
+        rows["trouble"] = report["trouble"]
+    return facts(rows)

@@ -1,0 +1,375 @@
+"""Soundness, equation by equation: a prover who lies about one thing only is refused.
+
+Each cheat below knows every secret that an honest client knows and proves with the honest
+prover; what it claims violates exactly the equation that its name mentions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from hpkvfs.protocol import credential, digits, proofs
+from hpkvfs.protocol.credential import (
+    AMOUNT_LIMIT,
+    Credential,
+    Issuer,
+    Requested,
+    Statement,
+    parse,
+)
+from hpkvfs.protocol.errors import BadIssuance, BadProof
+from hpkvfs.protocol.group import (
+    GG,
+    GS,
+    ORDER,
+    Point,
+    encode_scalar,
+    from_text,
+    multiexp,
+    multiply,
+)
+from hpkvfs.protocol.proofs import Row, Shown, Vector, attribute_row
+from hpkvfs.protocol.tariff import Operation
+from tests.protocol.parties import Stream, issuer, parameters, purse, settle, statement
+
+Show = tuple[Shown, Vector]
+Request = tuple[Requested, Vector]
+
+ABOUT = statement(Operation.REISSUE)
+AMOUNTS = (900, 100)
+ELSEWHERE = from_text("elsewhere")
+
+
+def honest_shows() -> list[Show]:
+    return [credential._show(held, Stream(f"show {held.amount}")) for held in purse()]
+
+
+def honest_requests(amounts: tuple[int, int] = AMOUNTS) -> list[Request]:
+    table = parameters().table
+    return [
+        credential._request(table, a, Stream(f"request {a} {i}")) for i, a in enumerate(amounts)
+    ]
+
+
+def judge(shows: list[Show], requests: list[Request], about: Statement = ABOUT) -> None:
+    """What the issuer says of a proof about these points and witnesses."""
+    encoded = credential._prove(parameters(), about, shows, requests, Stream("nonces"))
+    issuer().verify(about, parse(encoded, len(shows)))
+
+
+def put(vector: Vector, place: int, by: int) -> Vector:
+    place %= len(vector)
+    return (*vector[:place], (vector[place] + by) % ORDER, *vector[place + 1 :])
+
+
+def test_the_honest_prover_is_believed() -> None:
+    judge(honest_shows(), honest_requests())
+
+
+# Show. Columns of its vector: z z0 t a r.
+
+
+def forged_mac(place: int) -> Show:
+    """Z: the credential's V was made without the key."""
+    held = Credential(1_000, 5, 6, ELSEWHERE)
+    return credential._show(held, Stream("forged"))
+
+
+def another_key(place: int) -> Show:
+    """Z: the MAC is good, but under another issuer's key."""
+    other = Issuer.generate(Stream("another issuer"))
+    about = statement(Operation.ISSUE, delta=1_000)
+    draft = credential.prepare(other.parameters, about, (), (1_000, 0), Stream("a"))
+    request = parse(draft.request, 0)
+    held, _ = draft.finish(other.parameters, other.issue(about, request))
+    return credential._show(held, Stream("b"))
+
+
+def raised_amount(place: int) -> Show:
+    """Ca (and so Z): a credential is shown as one of 500 more."""
+    held = purse()[place]
+    return credential._show(Credential(held.amount + 500, held.r, held.t, held.V), Stream("c"))
+
+
+def false_amount(place: int) -> Show:
+    """Ca alone: the points are honest, the amount proven about them is not."""
+    shown, vector = honest_shows()[place]
+    return shown, put(vector, 3, 500)
+
+
+def false_r(place: int) -> Show:
+    """Ca alone: the serial fits another r, with which the credential could be spent twice."""
+    shown, vector = honest_shows()[place]
+    return shown._replace(serial=multiexp(((GS, vector[4] + 1),))), put(vector, 4, 1)
+
+
+def false_serial(place: int) -> Show:
+    """S alone: a fresh serial for a credential that was spent."""
+    shown, vector = honest_shows()[place]
+    return shown._replace(serial=multiexp(((GS, vector[4] + 1),))), vector
+
+
+def false_t(place: int) -> Show:
+    """Cx1 alone: t is not the one under Cx1."""
+    shown, vector = honest_shows()[place]
+    return shown, put(vector, 2, 1)
+
+
+def false_z0(place: int) -> Show:
+    """Cx1 alone: z0 is not -t z."""
+    shown, vector = honest_shows()[place]
+    return shown, put(vector, 1, 1)
+
+
+def moved_cx1(place: int) -> Show:
+    """Cx1 and Z: U and tU do not belong together."""
+    shown, vector = honest_shows()[place]
+    return shown._replace(cx1=multiexp((), shown.cx1, ELSEWHERE)), vector
+
+
+def moved_cx0(place: int) -> Show:
+    """Cx0 enters Z and Cx1."""
+    shown, vector = honest_shows()[place]
+    return shown._replace(cx0=multiexp((), shown.cx0, ELSEWHERE)), vector
+
+
+def moved_cv(place: int) -> Show:
+    """Z alone: CV is not the blinded V."""
+    shown, vector = honest_shows()[place]
+    return shown._replace(cv=multiexp((), shown.cv, ELSEWHERE)), vector
+
+
+SHOWS: list[Callable[[int], Show]] = [
+    forged_mac,
+    another_key,
+    raised_amount,
+    false_amount,
+    false_r,
+    false_serial,
+    false_t,
+    false_z0,
+    moved_cx1,
+    moved_cx0,
+    moved_cv,
+]
+
+
+@pytest.mark.parametrize("cheat", SHOWS, ids=lambda cheat: cheat.__name__)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_false_show_is_refused(cheat: Callable[[int], Show], place: int) -> None:
+    shows = honest_shows()
+    shows[place] = cheat(place)
+    amount = sum(vector[3] for _, vector in shows)
+    with pytest.raises(BadProof):
+        judge(shows, honest_requests((amount, 0)))
+
+
+# Request. Columns of its vector: r v_0..v_3 d_0..d_3.
+
+
+def false_attribute() -> Request:
+    """M alone: the commitment is to one token more than its digits say."""
+    requested, vector = honest_requests()[0]
+    return requested._replace(m=multiexp(((GG, 1),), requested.m)), vector
+
+
+def false_digit() -> Request:
+    """T_j and nothing else: digits and M say 901, the MACs say 900."""
+    requested, vector = false_attribute()
+    return requested, put(vector, -1, 1)
+
+
+def negative_digit() -> Request:
+    """T_j: a digit of -1, for which the table has no MAC."""
+    (_, points), vector = honest_requests((0, 0))[0]
+    minus = put(vector, -1, -1)
+    return Requested(multiexp(attribute_row(-1, vector[0])), points), minus
+
+
+def oversized_digit() -> Request:
+    """T_j: a digit of 256."""
+    (_, points), vector = honest_requests((255, 0))[0]
+    larger = put(vector, -1, 1)
+    return Requested(multiexp(attribute_row(256, vector[0])), points), larger
+
+
+def unblinded_nothing() -> Request:
+    """T_j: a point without any MAC in it, v_j = 0."""
+    (m, points), vector = honest_requests()[0]
+    return Requested(m, (ELSEWHERE, *points[1:])), put(vector, 1, -vector[1])
+
+
+def borrowed_digit() -> Request:
+    """T_j: V_j blinds the MAC of another digit."""
+    (m, points), vector = honest_requests()[0]
+    borrowed = multiply(parameters().table.entries[77], vector[4])
+    return Requested(m, (*points[:3], borrowed)), vector
+
+
+REQUESTS: list[Callable[[], Request]] = [
+    false_attribute,
+    false_digit,
+    negative_digit,
+    oversized_digit,
+    unblinded_nothing,
+    borrowed_digit,
+]
+
+
+@pytest.mark.parametrize("cheat", REQUESTS, ids=lambda cheat: cheat.__name__)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_false_request_is_refused(cheat: Callable[[], Request], place: int) -> None:
+    requested, vector = cheat()
+    claimed = digits.value(vector[1:])
+    requests = honest_requests((0, 0))
+    requests[place] = requested, vector
+    about = statement(Operation.ISSUE, delta=claimed if claimed < AMOUNT_LIMIT else -1)
+    with pytest.raises(BadProof):
+        judge([], requests, about)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_every_digit_of_both_amounts_is_checked(place: int) -> None:
+    for which in (0, 1):
+        requests = honest_requests((0, 0))
+        (_, points), vector = requests[which]
+        lie = put(vector, 5 + place, 1)
+        m = multiexp(attribute_row(256 ** (3 - place), vector[0]))
+        requests[which] = Requested(m, points), lie
+        with pytest.raises(BadProof):
+            judge([], requests, statement(Operation.ISSUE, delta=256 ** (3 - place)))
+
+
+# Balance.
+
+
+@pytest.mark.parametrize("amounts", [(900, 101), (1_000, 1), (900, 99), (0, 0), (2**32 - 1, 0)])
+def test_amounts_that_do_not_balance_are_refused(amounts: tuple[int, int]) -> None:
+    with pytest.raises(BadProof):
+        judge(honest_shows(), honest_requests(amounts))
+
+
+def test_the_balance_is_one_of_integers_not_modulo_the_order() -> None:
+    """-1 + 1,001 = 1,000: the books balance, but -1 is no amount."""
+    _, positive = honest_requests((0, 1_001))
+    with pytest.raises(BadProof):
+        judge(honest_shows(), [negative_digit(), positive])
+
+
+def test_a_price_cannot_be_paid_by_an_empty_purse() -> None:
+    (shown, vector), _ = honest_shows()
+    null = purse()[1]
+    shows = [credential._show(null, Stream("null")), credential._show(null, Stream("too"))]
+    about = statement(Operation.LOOK_UP)
+    encoded = credential._prove(
+        parameters(), about, [shows[0], (shown, vector)], honest_requests((1_000, 0)), Stream("n")
+    )
+    with pytest.raises(BadProof):
+        issuer().verify(about, parse(encoded, 2))
+
+
+# Issuance. The issuer's vector: w w' x0 x1 ya.
+
+
+class Mint(Issuer):
+    """Uses another key than the one it published, as an issuer would that tags users."""
+
+    def __init__(self, key: Vector) -> None:
+        super().__init__(key, 7, b"p" * 32)
+        object.__setattr__(self, "parameters", issuer().parameters)
+
+
+class ForgetfulMint(Mint):
+    """An issuer whose proofs are about the right key and whose MACs are not."""
+
+    def _mac(self, c: object) -> Point:
+        return ELSEWHERE
+
+
+def reply_of(mint: Issuer) -> tuple[credential.Draft, bytes]:
+    draft, request, _ = settle(ABOUT, purse(), AMOUNTS, Stream("reply"))
+    return draft, mint.issue(ABOUT, request)
+
+
+@pytest.mark.parametrize("place", range(5), ids=["w", "w'", "x0", "x1", "ya"])
+def test_credentials_of_another_key_are_refused(place: int) -> None:
+    draft, reply = reply_of(Mint(put(issuer()._key, place, 1)))
+    with pytest.raises(BadIssuance):
+        draft.finish(parameters(), reply)
+
+
+def test_macs_that_the_proof_is_not_about_are_refused() -> None:
+    draft, reply = reply_of(ForgetfulMint(issuer()._key))
+    with pytest.raises(BadIssuance):
+        draft.finish(parameters(), reply)
+
+
+def test_the_published_key_is_believed() -> None:
+    """The control of the tests above: a mint whose MAC key is the right one."""
+    draft, reply = reply_of(Mint(issuer()._key))
+    assert sum(c.amount for c in draft.finish(parameters(), reply)) == 1_000
+
+
+def test_exchanged_macs_are_refused() -> None:
+    draft, reply = reply_of(issuer())
+    with pytest.raises(BadIssuance):
+        draft.finish(parameters(), reply[65:130] + reply[:65] + reply[130:])
+
+
+@pytest.mark.parametrize("place", range(6), ids=["e", "w", "w'", "x0", "x1", "ya"])
+def test_every_scalar_of_an_issuance_proof_matters(place: int) -> None:
+    draft, reply = reply_of(issuer())
+    start = 130 + 32 * place
+    scalar = (int.from_bytes(reply[start : start + 32], "big") + 1) % ORDER
+    with pytest.raises(BadIssuance):
+        draft.finish(parameters(), reply[:start] + encode_scalar(scalar) + reply[start + 32 :])
+
+
+# Fiat-Shamir: the challenge covers what is proven, not only the commitments. With a weaker
+# hash, an image could be computed from challenge and responses, and these would be believed.
+
+
+def after_the_challenge(image: Point, challenge: int) -> Point:
+    """The image for which a commitment that was moved by ELSEWHERE is right."""
+    return multiexp(((ELSEWHERE, -pow(challenge, -1, ORDER)),), image)
+
+
+def test_a_serial_cannot_be_chosen_after_the_challenge(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(rows: Iterable[Row]) -> list[Point]:
+        commitments = proofs.commit(rows)
+        return [*commitments[:3], multiexp((), commitments[3], ELSEWHERE), *commitments[4:]]
+
+    monkeypatch.setattr(credential, "commit", moved)
+    encoded = credential._prove(
+        parameters(), ABOUT, honest_shows(), honest_requests(), Stream("nonces")
+    )
+    parsed = parse(encoded, 2)
+    serial = after_the_challenge(parsed.shown[0].serial, parsed.challenge).encode()
+    with pytest.raises(BadProof):
+        issuer().verify(ABOUT, parse(encoded[:132] + serial + encoded[165:], 2))
+
+
+def test_a_mac_cannot_be_chosen_after_the_challenge(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(rows: Iterable[Row]) -> list[Point]:
+        first, *others = proofs.commit_secret(rows)
+        return [multiexp((), first, ELSEWHERE), *others]
+
+    monkeypatch.setattr(credential, "commit_secret", moved)
+    draft, reply = reply_of(Mint(issuer()._key))
+    challenge = int.from_bytes(reply[130:162], "big")
+    mac = after_the_challenge(Point.decode(reply[32:65]), challenge).encode()
+    with pytest.raises(BadIssuance):
+        draft.finish(parameters(), reply[:32] + mac + reply[65:])
+
+
+def test_a_challenge_covers_issuer_and_number_presented() -> None:
+    other = Issuer.generate(Stream("another issuer")).parameters
+    points = bytes(660)
+    digests = {
+        credential._request_transcript(ABOUT, key, presented, points).digest()
+        for key in (parameters(), other)
+        for presented in (0, 2)
+    }
+    assert len(digests) == 4

@@ -1,0 +1,47 @@
+"""tests/vectors/credentials.json: what no version of the code may change.
+
+`generators`, `key` and `bip340` come from elsewhere (the reference implementation of WabiSabi,
+arithmetic with small numbers, BIP340). `exchange` froze our own transcripts; after a deliberate
+change of the protocol, `python -m tests.protocol.vectors` writes it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hpkvfs.protocol.tariff import Operation
+from tests.protocol.parties import Stream, epoch, issuer, parameters, purse, settle, statement
+
+PATH = Path(__file__).parents[1] / "vectors" / "credentials.json"
+
+
+@cache
+def frozen() -> dict[str, Any]:
+    contents: dict[str, Any] = json.loads(PATH.read_text())
+    return contents
+
+
+def exchange() -> dict[str, str]:
+    """An insertion paid from the purse, in hexadecimal; long public values as SHA-256."""
+    about = statement(Operation.INSERT, b"key and digest of a blob")
+    draft, request, reply = settle(about, purse(), (495, 495), Stream("exchange"))
+    first, second = draft.finish(parameters(), reply)
+    return {
+        "issuer": issuer().to_bytes().hex(),
+        "epoch_sha256": hashlib.sha256(epoch().encode()).hexdigest(),
+        "epoch_digest": epoch().digest.hex(),
+        "presented": " ".join(c.encode().hex() for c in purse()),
+        "context": about.context.hex(),
+        "request": request.encoded.hex(),
+        "draft": draft.encode().hex(),
+        "reply": reply.hex(),
+        "issued": f"{first.encode().hex()} {second.encode().hex()}",
+    }
+
+
+if __name__ == "__main__":
+    PATH.write_text(json.dumps({**frozen(), "exchange": exchange()}, indent=2) + "\n")
