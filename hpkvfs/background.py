@@ -79,17 +79,20 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
-            pass_fds=(tell, secret),
+            pass_fds=(tell,) if password is None else (tell, secret),
             start_new_session=True,
         )
-    os.close(tell)
-    os.close(secret)
-    with os.fdopen(give, "wb") as pipe:
-        pipe.write((password or "").encode())
-    with os.fdopen(told, "rb") as lines:
-        for line in lines:
-            if _is_ready(json.loads(line), notice):
-                return child.pid
+    try:
+        os.write(give, (password or "").encode())  # fits in the pipe: nobody has to read it
+        for fd in (tell, secret, give):
+            os.close(fd)
+        with os.fdopen(told, "rb") as lines:
+            for line in lines:
+                if _is_ready(json.loads(line), notice):
+                    return child.pid
+    except BaseException:
+        child.terminate()
+        raise
     raise HpkvError("the mounting process ended without a word", f"see {log}")
 
 

@@ -340,9 +340,9 @@ def recover(
     vault = mount.Vault(state, keys, TcpDialer(address.host, address.port))
     with ui.waiting("looking for the newest generation"):
         result = mount.run(mount.recover, vault, voucher)
+    _show(result, as_json, _recovered)
     if directory is not None:
         context.invoke(mount_, directory=directory)
-    _show(result, as_json, _recovered)
 
 
 def _create_or_resume(
@@ -439,6 +439,8 @@ Examples:
               show_default=True, help="Where data is when fsync returns.")  # fmt: skip
 @click.option("--cache-size", type=click.IntRange(min=1), default=1024, metavar="MIB",
               show_default=True, help="Encrypted cache on this disk.")  # fmt: skip
+@click.option("--patience", type=click.FloatRange(min=1), default=20.0, metavar="S",
+              show_default=True, help="Seconds until a read gives up on the server.")  # fmt: skip
 @click.option("--ready-fd", type=int, hidden=True)
 @click.option("--password-fd", type=int, hidden=True)
 @_pass_settings
@@ -451,6 +453,7 @@ def mount_(
     publish_interval: float,
     durability: str,
     cache_size: int,
+    patience: float,
     ready_fd: int | None,
     password_fd: int | None,
 ) -> None:
@@ -464,7 +467,7 @@ def mount_(
         _check_free(settings)
     if not foreground:
         flags = ["--publish-interval", str(publish_interval), "--durability", durability,
-                 "--cache-size", str(cache_size)]  # fmt: skip
+                 "--cache-size", str(cache_size), "--patience", str(patience)]  # fmt: skip
         flags += ["--allow-other"] * allow_other + ["--read-only"] * read_only
         _mount_in_background(settings, directory, flags)
         return
@@ -474,6 +477,7 @@ def mount_(
         publish_interval=publish_interval,
         remote_durability=durability == "remote",
         cache_bytes=cache_size << 20,
+        patience=patience,
     )
     _mount_here(settings, directory, options, allow_other, read_only, ready_fd)
 

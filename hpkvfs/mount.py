@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PROBE_SECONDS: Final = 5.0
-NEEDS_NO_SERVER: Final = ("status", "balance", "redeem")
+STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NEEDS_NO_TREE: Final = ("status", "balance", "redeem")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,11 @@ def _is_lost(vault: Vault, session: Session) -> bool:
 
 async def perform(vault: Vault, name: str, arguments: Arguments, progress: Progress) -> Result:
     """Open the vault for one command; AlreadyInUse, and what the command raises."""
-    async with opened(vault, Options()) as session:
-        if _is_lost(vault, session) and name not in NEEDS_NO_SERVER:
-            await session.recover()
+    async with opened(vault, Options(patience=10.0)) as session:
+        if name not in NEEDS_NO_TREE:
+            await _probe(vault.dialer)
+            if _is_lost(vault, session):
+                await _recover(session)
         return await Commands(session).run(name, arguments, progress)
 
 
@@ -115,6 +118,7 @@ async def recover(vault: Vault, voucher: str | None) -> Result:
             raise UserError(
                 f"the vault in {vault.state.path} is here already", "mount it with hpkvfs mount"
             )
+        await _probe(vault.dialer)
         if voucher is not None:
             await _redeem_again(session, voucher)
         generation, orphans = await _recover(session)
@@ -147,6 +151,7 @@ class MountedCommands(Commands):
         self._request = request
         self._free["status"] = self._mounted_status
         self._free["unmount"] = self._unmount
+        self.unmounted = False
         self._leave = trio.Event()
         self._finished = trio.Event()
         self._report: Progress = no_progress
@@ -171,7 +176,7 @@ class MountedCommands(Commands):
                 log.warning("before unmounting: %s", error)
         if arguments.get("force"):
             self._leave.set()
-        else:
+        elif not self.unmounted:
             await _detach(self._request.directory)
         await self._finished.wait()
         return self._outcome
@@ -209,6 +214,7 @@ async def mount(vault: Vault, request: Mount) -> None:
                 async with trio.open_nursery() as background:
                     background.start_soon(session.keep_going)
                     await _serve(fuse, session, directory, options, request, served)
+                    served.unmounted = True
                     await _unless_told_again(served.finish)
                     background.cancel_scope.cancel()
             finally:
@@ -234,15 +240,19 @@ async def _start(vault: Vault, session: Session, request: Mount) -> None:
         request.notice(f"{error.message}; what is here can be used, and is published later")
 
 
+_IS_IT_THERE: Final = "is it running? nothing is lost; try again later"
+
+
 async def _probe(dialer: Dialer) -> None:
     """Unreachable, without the patience that a request has."""
     try:
         with trio.fail_after(PROBE_SECONDS):
             await trio.aclose_forcefully(await dialer.dial())
     except OSError as error:
-        raise Unreachable(f"the server cannot be reached: {error.strerror or error}") from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise Unreachable(f"the server cannot be reached: {reason}", _IS_IT_THERE) from None
     except trio.TooSlowError:
-        raise Unreachable(f"no answer in {PROBE_SECONDS:g} seconds") from None
+        raise Unreachable(f"no answer in {PROBE_SECONDS:g} seconds", _IS_IT_THERE) from None
 
 
 async def _serve(
@@ -253,7 +263,7 @@ async def _serve(
     request: Mount,
     served: MountedCommands,
 ) -> None:
-    """Answer the kernel until unmounted, SIGTERM, SIGINT, or a forced unmount."""
+    """Answer the kernel until unmounted, a signal to stop, or a forced unmount."""
     is_mounted = False
 
     def ready() -> None:
@@ -264,7 +274,7 @@ async def _serve(
         request.ready()
 
     async def leave_on_signal() -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(*STOP) as signals:
             await anext(signals)
             fuse.stop()
 
@@ -286,10 +296,10 @@ async def _serve(
 
 
 async def _unless_told_again(function: Callable[[], Awaitable[None]]) -> None:
-    """Run it, but leave it at the next SIGTERM or SIGINT."""
+    """Run it, but leave it at the next signal to stop."""
 
     async def obey() -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(*STOP) as signals:
             await anext(signals)
             log.warning("stopped before all was published; the rest is kept")
             nursery.cancel_scope.cancel()

@@ -159,6 +159,8 @@ class Session:
             await self.volume.load(missing)
         except HpkvError as error:
             log.debug("read-ahead: %s", error)
+        except Exception:  # only a hint: the mount outlives it
+            log.exception("read-ahead failed")
 
     def space(self) -> tuple[int, int]:
         """(blocks in use, blocks that the tokens can still store)."""

@@ -31,6 +31,7 @@ from hpkvfs.errors import AlreadyInUse, NewerFormat, NoState, UserError, VaultEr
 from hpkvfs.volume.keys import VaultKeys
 
 FORMAT = 1
+_FIELDS = {"format", "server", "new", "fingerprint", "key"}
 _SCRYPT = {"n": 1 << 16, "r": 8, "p": 1}
 
 
@@ -104,7 +105,10 @@ class StateDirectory:
     def unlock(self, password: str | None) -> VaultKeys:
         """The vault's keys; UserError when the password is wrong."""
         fields = self._read()
-        keys = VaultKeys(_open(fields["key"], password))
+        try:
+            keys = VaultKeys(_open(fields["key"], password))
+        except (ValueError, KeyError, TypeError):
+            raise self._damaged() from None
         if keys.fingerprint.hex() != fields["fingerprint"]:
             raise VaultError(f"the key in {self.path} is not the key of its vault")
         return keys
@@ -150,15 +154,20 @@ class StateDirectory:
         except OSError as error:
             raise VaultError(f"can't read {self._vault}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
-            raise VaultError(
-                f"{self._vault} is damaged", "recover from your words into another --state"
-            ) from None
+            raise self._damaged() from None
         if found != FORMAT:
             raise NewerFormat(
                 f"{self.path} has format {found}, which this hpkvfs does not know",
                 "install a newer hpkvfs",
             )
+        if not fields.keys() >= _FIELDS:
+            raise self._damaged()
         return fields
+
+    def _damaged(self) -> VaultError:
+        return VaultError(
+            f"{self._vault} is damaged", "recover from your words into another --state"
+        )
 
     def _write(self, fields: dict[str, Any]) -> None:
         temporary = self._vault.with_suffix(".new")

@@ -199,8 +199,8 @@ class Volume:
             raise failures[0]
 
     async def _load_one(self, ref: BlobRef, kind: Kind) -> None:
-        if event := self._loading.get(ref):
-            await event.wait()
+        if (loading := self._loading.get(ref)) is not None:
+            await loading.wait()
             return
         event = self._loading[ref] = trio.Event()
         try:

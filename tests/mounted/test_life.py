@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import sqlite3
 import stat
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from hpkvfs.types import BlobId
+from hpkvfs.volume.keys import VaultKeys
 from tests.mounted.client import Client, Server, eventually, forget_everything, tree
 
 MIB = 1 << 20
@@ -39,6 +45,17 @@ def furnish(root: Path) -> None:
     for number in range(300):
         (root / "docs" / "deep" / f"{number}").write_bytes(b"%d" % number)
     os.utime(root / "docs" / "deep", ns=(1, 1_000_000_007))
+
+
+@contextmanager
+def held_open(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor that may outlive its filesystem."""
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        with suppress(OSError):
+            os.close(fd)
 
 
 # -- unmounting ------------------------------------------------------------------------------
@@ -91,9 +108,8 @@ def test_sigterm_publishes_and_unmounts(mount: Client) -> None:
 
 def test_a_filesystem_in_use_is_not_unmounted_unless_forced(mount: Client) -> None:
     path = mount.directory / "file"
-    with path.open("w") as file:
-        file.write("content")
-        file.flush()
+    with held_open(path, os.O_RDWR | os.O_CREAT) as fd:
+        os.write(fd, b"content")
         done = mount.run("umount", mount.directory, code=2)
         assert "in use" in done.stderr
         assert path.read_text() == "content"
@@ -216,7 +232,7 @@ def test_a_file_deleted_while_open_is_gone_after_kill_9(mount: Client) -> None:
     path = mount.directory / "file"
     path.write_bytes(os.urandom(100_000))
     mount.run("sync")
-    with path.open("rb"):
+    with held_open(path, os.O_RDONLY):
         path.unlink()
         (mount.directory / "other").touch()
         mount.run("sync")
@@ -286,7 +302,7 @@ def test_what_is_not_cached_fails_and_does_not_hang(own_server: Server, own_vaul
     root = own_vault.directory
     own_vault.mount()
     (root / "file").write_bytes(os.urandom(100_000))
-    own_vault.remount(cold=True)
+    own_vault.remount("--patience", "2", cold=True)
     assert (root / "file").stat().st_size == 100_000
     own_server.stop()
     with pytest.raises(OSError) as caught:
@@ -360,6 +376,90 @@ def test_gc_gives_tokens_back(own_server: Server, own_vault: Client) -> None:
     own_vault.umount()
     own_vault.fsck()
     assert own_vault.json("balance")["total"] == own_server.status()["tokens"]["outstanding"]
+
+
+def test_vouchers_that_buy_nothing(own_server: Server, own_vault: Client) -> None:
+    voucher = own_server.voucher(100)
+    own_vault.run("redeem", "-", stdin=voucher)
+    before = own_vault.json("balance")
+    for text, complaint in (
+        (voucher, "redeemed already"),
+        ("hpkv1-100-" + "a" * 32, "does not know this voucher"),
+        (own_server.voucher(10).replace("-10-", "-20-"), "for another amount"),
+    ):
+        done = own_vault.run("redeem", "-", stdin=text, code=2)
+        assert complaint in done.stderr
+        assert text.rpartition("-")[2].strip() not in done.stderr
+    assert own_vault.json("balance") == before
+
+
+# -- servers that do harm --------------------------------------------------------------------
+
+
+def harm(server: Server, statement: str) -> None:
+    """Change a server's disk behind its back."""
+    server.stop()
+    with closing(sqlite3.connect(server.data / "ledger.sqlite")) as ledger, ledger:
+        ledger.execute(statement)
+    server.start()
+
+
+def test_a_changed_blob_is_noticed(own_server: Server, own_vault: Client) -> None:
+    """Also shows that fsck, which ends most tests here, can find something."""
+    own_vault.mount()
+    (own_vault.directory / "file").write_bytes(os.urandom(100_000))
+    own_vault.umount()
+    own_vault.fsck()
+    (own_vault.state / "cache").unlink()
+    harm(own_server, "UPDATE blob SET blob = zeroblob(16433)")
+    done = own_vault.run("fsck", "--full", code=5)
+    assert "Traceback" not in done.stderr
+    own_vault.run("mount", own_vault.directory, code=5)
+
+
+def test_a_lost_extent_costs_one_file_and_fsck_names_it(
+    own_server: Server, own_vault: Client
+) -> None:
+    own_vault.mount()
+    (own_vault.directory / "file").write_bytes(os.urandom(100_000))
+    (own_vault.directory / "other").write_text("other")
+    number = (own_vault.directory / "file").stat().st_ino
+    own_vault.umount()
+    (own_vault.state / "cache").unlink()
+    keys = VaultKeys.from_words(own_vault.words.read_text())
+    lost = keys.signer(BlobId(0)).public  # a commit numbers file data first
+    harm(own_server, f"DELETE FROM blob WHERE key = x'{lost.hex()}'")
+    report = json.loads(own_vault.run("fsck", "--full", "--json", code=3).stdout)
+    assert report["damaged"] == [number]
+    own_vault.mount()
+    with pytest.raises(OSError) as caught:
+        (own_vault.directory / "file").read_bytes()
+    assert caught.value.errno == errno.EIO
+    assert (own_vault.directory / "other").read_text() == "other"
+    own_vault.umount()
+
+
+def test_a_server_that_was_rolled_back_is_noticed(own_server: Server, own_vault: Client) -> None:
+    own_vault.mount()
+    (own_vault.directory / "file").write_text("old")
+    own_vault.run("sync")
+    own_vault.run("gc")
+    own_server.stop()
+    old = {path: path.read_bytes() for path in own_server.data.glob("ledger*")}
+    own_server.start()
+    (own_vault.directory / "file").write_text("new")
+    own_vault.umount()
+    own_server.stop()
+    for path in own_server.data.glob("ledger*"):
+        path.unlink()
+    for path, content in old.items():
+        path.write_bytes(content)
+    own_server.start()
+    done = own_vault.run("mount", own_vault.directory, code=5)
+    assert "confirmed before" in done.stderr
+    own_vault.mount("--read-only")
+    assert (own_vault.directory / "file").read_text() == "new"
+    own_vault.umount()
 
 
 # -- from the words alone --------------------------------------------------------------------
