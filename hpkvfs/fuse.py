@@ -207,10 +207,12 @@ class Adapter(pyfuse3.Operations):
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
         """See pyfuse3."""
+        _check_namespace(name)
         await self._do(self._fs.setxattr, inode, name, value)
 
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         """See pyfuse3."""
+        _check_namespace(name)
         return await self._do(self._fs.getxattr, inode, name)
 
     async def listxattr(self, inode: int, ctx: Any) -> list[bytes]:
@@ -219,6 +221,7 @@ class Adapter(pyfuse3.Operations):
 
     async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
         """See pyfuse3."""
+        _check_namespace(name)
         await self._do(self._fs.removexattr, inode, name)
 
     # -- data ------------------------------------------------------------------------
@@ -279,6 +282,15 @@ def attributes(inode: Inode) -> pyfuse3.EntryAttributes:
     entry.st_mtime_ns = inode.mtime
     entry.st_ctime_ns = inode.ctime
     return entry
+
+
+def _check_namespace(name: bytes) -> None:
+    """EOPNOTSUPP for POSIX ACLs, which must not be kept as if they were only bytes.
+
+    A program that is told so (cp -a, rsync -A) sets the mode with chmod instead.
+    """
+    if name.startswith(b"system."):
+        raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
 
 
 def _absent() -> pyfuse3.EntryAttributes:

@@ -61,6 +61,7 @@ class RemoteStore:
         self._journal = journal
         self._teller = Teller(journal, line, rng, pool_size=2 * max_in_flight)
         self._pool_size = 2 * max_in_flight
+        self._resolving = trio.Lock()
         self._slots = trio.Semaphore(max_in_flight)
 
     # types.BlobStore
@@ -163,10 +164,14 @@ class RemoteStore:
         self._journal.forget_receipts(up_to)
 
     async def resolve_pending(self) -> None:
-        """Settle each request that was cut short; Unreachable at once, other failures last."""
-        self._teller.unstick()
+        """Settle each request that was cut short; Unreachable at once, other failures last.
+
+        One at a time: whoever calls this while `run` is settling something must not return
+        before that is settled too, since what it then reads in the receipts has to be complete.
+        """
         failures: list[StoreError] = []
-        async with self._slots:
+        async with self._resolving, self._slots:
+            self._teller.unstick()
             while stranded := self._teller.stranded():
                 try:
                     await self._teller.resolve(stranded[0])

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import stat
+import subprocess
 import threading
 from pathlib import Path
 
@@ -197,6 +198,18 @@ def test_extended_attributes(here: Path) -> None:
     with pytest.raises(OSError) as caught:
         os.getxattr(path, "user.one")
     assert caught.value.errno == errno.ENODATA
+
+
+def test_cp_a_keeps_modes_where_acls_are_not_kept(here: Path) -> None:
+    """An ACL kept as mere bytes would make cp believe that the mode is set."""
+    source = here / "source"
+    source.touch()
+    source.chmod(0o750)
+    subprocess.run(["cp", "-a", source, here / "copy"], check=True)
+    assert (here / "copy").stat().st_mode & 0o7777 == 0o750
+    with pytest.raises(OSError) as caught:
+        os.setxattr(source, "system.posix_acl_access", b"\2\0\0\0")
+    assert caught.value.errno == errno.EOPNOTSUPP
 
 
 def test_a_fifo_carries_data(here: Path) -> None:

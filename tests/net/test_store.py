@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from hpkvd.epochs import Epoch, Epochs, first_epoch
 from hpkvd.handler import Handler
@@ -275,6 +276,21 @@ async def test_a_cancelled_call_is_resolved_in_the_background(world: World) -> N
         nursery.cancel_scope.cancel()
     assert [receipt.memo for receipt in await store.recover()] == [memo_of(blob)]
     world.assert_conserved(store)
+
+
+async def test_recovery_waits_for_what_the_background_is_settling(world: World) -> None:
+    """Receipts read too early would have a vault use the id of a blob that is stored."""
+    signer, blob = new_blob()
+    store = await world.rich_client()
+    await cut_off(world, Fault.HANG, store.insert, signer.public, blob, memo_of(blob))
+    world.kill()
+    store = world.client()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.run)
+        await trio.testing.wait_all_tasks_blocked()
+        receipts = await store.recover()
+        nursery.cancel_scope.cancel()
+    assert [receipt.memo for receipt in receipts] == [memo_of(blob)]
 
 
 async def test_tokens_of_a_stranded_request_are_freed_when_needed(world: World) -> None:

@@ -74,9 +74,6 @@ class Story:
         assert digest(self.model.tree()) == found, f"step {self.done} was done by halves"
 
 
-@pytest.mark.xfail(
-    reason="open bug: a blob of an attempt killed early can stay unaccounted for", strict=False
-)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kill_client_and_server(tmp_path: Path, seed: int) -> None:
     world = World(tmp_path)
