@@ -25,6 +25,7 @@ from hpkvfs.volume.deadlist import DeadList
 
 FORMAT_VERSION = 1
 _LENGTH = 4
+_SHAPE = [int, int, bytes, int, int, bytes, bytes, int, int, int, int, int, list]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ class Anchor:
                 f"the vault has format {fields[0]}, newer than this hpkvfs knows",
                 "install a newer hpkvfs",
             )
+        if list(map(type, fields)) != _SHAPE:
+            raise CorruptBlob("an anchor is damaged")
         try:
             _, generation, writer, redo, time, root, kept, *rest = fields
             next_id, next_ino, live, size, files, dead = rest

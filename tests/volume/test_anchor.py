@@ -1,0 +1,139 @@
+"""Anchors, the search for the newest one, and the dead list."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpkvfs.errors import CorruptBlob, NewerFormat
+from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, Generation, anchor_id
+from hpkvfs.volume.anchor import Anchor, find_newest, kept_generations, successors
+from hpkvfs.volume.deadlist import Dead, DeadList, read_page
+
+REFS = st.builds(
+    lambda number: BlobRef(BlobId(number), hashlib.sha256(str(number).encode()).digest()),
+    st.integers(0, 2**62),
+)
+DEAD = st.builds(Dead, REFS, st.integers(0, 2**40).map(Generation))
+ANCHORS = st.builds(
+    Anchor,
+    generation=st.integers(0, 2**40).map(Generation),
+    writer=st.binary(min_size=8, max_size=8),
+    redo=st.integers(0, 2**40),
+    time=st.integers(0, 2**63),
+    root=st.none() | REFS,
+    kept=st.lists(REFS, max_size=80).map(tuple),
+    next_id=st.integers(0, 2**63).map(BlobId),
+    next_ino=st.integers(0, 2**63),
+    live=st.integers(0, 2**40),
+    size=st.integers(0, 2**60),
+    files=st.integers(0, 2**40),
+    dead=st.lists(DEAD, max_size=120).map(lambda dead: DeadList(tuple(dead), (), len(dead))),
+)
+
+
+@given(ANCHORS)
+def test_an_anchor_comes_back_as_it_was(anchor: Anchor) -> None:
+    payload = anchor.encode()
+    assert len(payload) == PAYLOAD_SIZE
+    assert Anchor.decode(payload) == anchor
+
+
+@given(ANCHORS, st.integers(0, PAYLOAD_SIZE - 1), st.integers(1, 255))
+def test_a_damaged_anchor_raises_what_is_declared(anchor: Anchor, place: int, flip: int) -> None:
+    payload = bytearray(anchor.encode())
+    payload[place] ^= flip
+    with suppress(CorruptBlob, NewerFormat):
+        Anchor.decode(bytes(payload))
+
+
+def test_a_newer_format_is_named() -> None:
+    payload = bytes([0, 0, 0, 2, 0x91, 2]).ljust(PAYLOAD_SIZE, b"\0")
+    with pytest.raises(NewerFormat, match="format 2"):
+        Anchor.decode(payload)
+
+
+def _search(stored: Iterable[int]) -> tuple[int | None, int]:
+    present, search, asked = set(stored), find_newest(), 0
+    try:
+        wanted = next(search)
+        while True:
+            asked += 1
+            wanted = search.send(wanted in present)
+    except StopIteration as stop:
+        return stop.value, asked
+
+
+@given(st.integers(0, 2**40))
+def test_the_newest_is_found_in_logarithmically_many_look_ups(newest: int) -> None:
+    found, asked = _search(kept_generations(Generation(newest)))
+    assert found == newest
+    assert asked <= 2 * newest.bit_length() + 2
+
+
+@given(st.integers(0, 3_000), st.data())
+def test_the_newest_is_found_whatever_is_left_uncollected(newest: int, data: st.DataObject) -> None:
+    more = data.draw(st.sets(st.integers(0, newest)))
+    assert _search(kept_generations(Generation(newest)) | more)[0] == newest
+
+
+def test_where_there_is_nothing_nothing_is_found() -> None:
+    assert _search([]) == (None, 1)
+
+
+def test_each_anchor_is_kept_as_long_as_needed_and_then_listed_dead_once() -> None:
+    anchor = Anchor(Generation(0), b"w" * 8, 0, 0, None, (), BlobId(0), 1, 0, 0, 0, DeadList())
+    died: list[BlobId] = []
+    for n in range(200):
+        ref = BlobRef(anchor_id(Generation(n)), bytes(32))
+        kept, dead = successors(anchor, ref)
+        died += (old.id for old in dead)
+        stay = {anchor_id(g) for g in kept_generations(Generation(n + 1))}
+        assert {old.id for old in kept} == stay - {anchor_id(Generation(n + 1))}
+        fields = {name: getattr(anchor, name) for name in Anchor.__slots__}
+        anchor = Anchor(**{**fields, "generation": Generation(n + 1), "kept": kept})
+    assert len(died) == len(set(died)) == 201 - len(kept) - 1
+
+
+@given(st.lists(st.integers(0, 2_000), max_size=12))
+def test_a_dead_list_holds_just_what_was_added(batches: list[int]) -> None:
+    pages: dict[BlobRef, bytes] = {}
+
+    def write(payload: bytes) -> BlobRef:
+        ref = BlobRef(BlobId(10**9 + len(pages)), hashlib.sha256(payload).digest())
+        pages[ref] = payload
+        return ref
+
+    dead, added = DeadList(), list[Dead]()
+    for batch in batches:
+        more = [
+            Dead(BlobRef(BlobId(len(added) + i), bytes(32)), Generation(1)) for i in range(batch)
+        ]
+        added += more
+        dead = dead.add(more, write)
+        assert len(repr(dead.encode())) < 4 * PAYLOAD_SIZE
+    assert sorted(_all(dead, pages)) == sorted(added)
+    assert dead.count == len(added)
+    assert DeadList.decode(dead.encode()) == dead  # type: ignore[arg-type]
+
+
+def _all(dead: DeadList, pages: dict[BlobRef, bytes]) -> list[Dead]:
+    found = list(dead.entries)
+    work = [(level, ref) for level, refs in enumerate(dead.levels, 1) for ref in refs]
+    while work:
+        level, ref = work.pop()
+        entries, below = read_page(pages.pop(ref), level)
+        found += entries
+        work += [(level - 1, page) for page in below]
+    assert not pages, "a page was written and is not listed"
+    return found
+
+
+def test_a_page_of_another_level_is_refused() -> None:
+    with pytest.raises(CorruptBlob):
+        read_page(bytes(PAYLOAD_SIZE), 1)
