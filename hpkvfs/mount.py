@@ -35,7 +35,6 @@ from hpkvfs.errors import HpkvError, Misbehaviour, SecondWriter, StoreError, Unr
 from hpkvfs.net.transport import Dialer
 from hpkvfs.session import Options, Session, open_session
 from hpkvfs.state import StateDirectory
-from hpkvfs.types import Generation
 from hpkvfs.volume.keys import VaultKeys
 
 log = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ async def perform(vault: Vault, name: str, arguments: Arguments, progress: Progr
         if name not in NEEDS_NO_TREE:
             await _probe(vault.dialer)
             if _is_lost(vault, session):
-                await _recover(session)
+                await session.recover()
         return await Commands(session).run(name, arguments, progress)
 
 
@@ -121,13 +120,8 @@ async def recover(vault: Vault, voucher: str | None) -> Result:
         await _probe(vault.dialer)
         if voucher is not None:
             await _redeem_again(session, voucher)
-        generation, orphans = await _recover(session)
+        generation, orphans = await session.recover()
         return {"generation": generation, "orphans": orphans, **session.status()}
-
-
-async def _recover(session: Session) -> tuple[Generation, int]:
-    with ungrouped():
-        return await session.recover()
 
 
 async def _redeem_again(session: Session, voucher: str) -> None:
@@ -170,8 +164,7 @@ class MountedCommands(Commands):
         self._report = progress
         if not await _is_pointless(self.session, self._vault.dialer):
             try:
-                with ungrouped():
-                    await self.session.publish(progress)
+                await self.session.publish(progress)
             except HpkvError as error:
                 log.warning("before unmounting: %s", error)
         if arguments.get("force"):
@@ -188,7 +181,7 @@ class MountedCommands(Commands):
     async def finish(self) -> None:
         """Publish what is left after unmounting, and say what could not be."""
         trouble = await _finish(self.session, self._vault.dialer, lambda d, t: self._report(d, t))
-        left = self.session.status()["unpublished_bytes"] if trouble else 0
+        left = self.session.fs.totals().dirty if trouble else 0
         self._outcome = {"trouble": trouble, "unpublished_bytes": left}
         if trouble:
             log.warning("not published: %s; it is kept in %s", trouble, self._vault.state.path)
@@ -225,12 +218,11 @@ async def mount(vault: Vault, request: Mount) -> None:
 async def _start(vault: Vault, session: Session, request: Mount) -> None:
     """Connect; go on without the server if it is merely not there, or wants tokens."""
     if _is_lost(vault, session):
-        await _recover(session)
+        await session.recover()
         return
     try:
-        with ungrouped():
-            await _probe(vault.dialer)
-            await session.connect()
+        await _probe(vault.dialer)
+        await session.connect()
     except (SecondWriter, Misbehaviour) as error:
         if not request.read_only:
             raise
@@ -314,9 +306,8 @@ async def _finish(session: Session, dialer: Dialer, progress: Progress) -> str |
     """Publish what is left; why it could not be, or None."""
     try:
         if await _is_pointless(session, dialer):
-            return session.status()["trouble"] if session.publisher.pending else None
-        with ungrouped():
-            await session.finish(progress)
+            return session.trouble if session.publisher.pending else None
+        await session.finish(progress)
     except HpkvError as error:
         return error.message
     return None
@@ -324,7 +315,7 @@ async def _finish(session: Session, dialer: Dialer, progress: Progress) -> str |
 
 async def _is_pointless(session: Session, dialer: Dialer) -> bool:
     """Whether the server was away lately, and still is."""
-    if session.status()["trouble"] is None:
+    if session.trouble is None:
         return False
     try:
         await _probe(dialer)

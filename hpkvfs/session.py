@@ -33,6 +33,7 @@ from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.net.cache import BlobCache
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import Dialer
+from hpkvfs.parallel import each
 from hpkvfs.protocol.tariff import Operation, Tariff
 from hpkvfs.state import StateDirectory
 from hpkvfs.types import (
@@ -237,23 +238,21 @@ class Session:
     async def probe_orphans(self) -> int:
         """Find blobs that no generation names, left by a client that was lost; how many."""
         assert self.volume.known is not None
-        start, absent, found = self.volume.known.anchor.next_id, 0, 0
-        while absent < PROBE_GAP:
-            results: dict[int, BlobRef | None] = {}
+        start, found = self.volume.known.anchor.next_id, list[BlobRef]()
 
-            async def probe(blob_id: int, results: dict[int, BlobRef | None] = results) -> None:
-                results[blob_id] = await self.volume.find_blob(BlobId(blob_id))
+        async def probe(number: int) -> None:
+            ref = await self.volume.find_blob(BlobId(number))
+            if ref is not None:
+                found.append(ref)
 
-            async with trio.open_nursery() as nursery:
-                for blob_id in range(start, start + PROBE_GAP):
-                    nursery.start_soon(probe, blob_id)
-            refs = [ref for ref in results.values() if ref is not None]
-            self.publisher.orphans |= set(refs)
-            found += len(refs)
-            absent = 0 if refs else PROBE_GAP
+        before = -1
+        while len(found) > before:
+            before = len(found)
+            await each(range(start, start + PROBE_GAP), probe, PROBE_GAP)
             start = BlobId(start + PROBE_GAP)
+        self.publisher.orphans |= set(found)
         self.publisher.next_id = max(self.publisher.next_id, start)
-        return found
+        return len(found)
 
     async def connect(self) -> None:
         """Settle the past with the server; StoreError or SecondWriter when it can't be."""
@@ -297,19 +296,11 @@ class Session:
     async def _find_anchors(self, *generations: Generation) -> list[Known | None]:
         """Look up several anchors at a time; the first failure of them, bare."""
         found: dict[Generation, Known | None] = {}
-        failures: list[HpkvError] = []
 
         async def look(generation: Generation) -> None:
-            try:
-                found[generation] = await self.volume.find_anchor(generation)
-            except HpkvError as error:
-                failures.append(error)
+            found[generation] = await self.volume.find_anchor(generation)
 
-        async with trio.open_nursery() as nursery:
-            for generation in generations:
-                nursery.start_soon(look, generation)
-        if failures:
-            raise failures[0]
+        await each(generations, look, len(generations))
         return [found[generation] for generation in generations]
 
     async def _adopt(self, known: Known, newer: Known) -> None:
@@ -438,10 +429,12 @@ class Session:
             "tokens_pending": balance.pending,
             "free_blobs": self.space()[1],
             "connected": self._connected,
-            "trouble": self._trouble(),
+            "trouble": self.trouble,
         }
 
-    def _trouble(self) -> str | None:
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing is published at the moment; None when all is well."""
         error = self.publisher.last_error or self.offline_because
         return str(error) if error else None
 

@@ -133,15 +133,6 @@ class StateDirectory:
         finally:
             os.close(fd)
 
-    @property
-    def in_use(self) -> bool:
-        """Whether a process holds the vault right now."""
-        try:
-            with self.locked():
-                return False
-        except AlreadyInUse:
-            return True
-
     def _read(self) -> dict[str, Any]:
         try:
             fields: dict[str, Any] = json.loads(self._vault.read_text())

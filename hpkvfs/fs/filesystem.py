@@ -469,9 +469,7 @@ class Filesystem:
     def _find(self, parent: int, name: bytes) -> Dirent | None:
         if len(name) > MAX_NAME:
             raise fail(errno.ENAMETOOLONG)
-        first, last = self._names.slots(name)
-        span = key(parent, ItemKind.DIRENT, first), key(parent, ItemKind.DIRENT, last)
-        for raw, value in self._view.scan(*span):
+        for raw, value in self._view.scan(*self._span(parent, ItemKind.DIRENT, name)):
             entry = Dirent.decode(split_key(raw)[2], value)
             if entry.name == name:
                 return entry
@@ -484,10 +482,19 @@ class Filesystem:
             raise fail(errno.EINVAL)
         if name in (b".", b"..") or self._find(parent, name) is not None:
             raise fail(errno.EEXIST)
+        return self._free_place(parent, ItemKind.DIRENT, name)
+
+    def _span(self, ino: int, kind: ItemKind, name: bytes) -> tuple[bytes, bytes]:
+        """[lo, hi) of the keys that an inode's item of this name can have."""
         first, last = self._names.slots(name)
-        span = key(parent, ItemKind.DIRENT, first), key(parent, ItemKind.DIRENT, last)
-        taken = {split_key(raw)[2] for raw, _ in self._view.scan(*span)}
-        free = next((cookie for cookie in range(first, last) if cookie not in taken), None)
+        return key(ino, kind, first), key(ino, kind, last)
+
+    def _free_place(self, ino: int, kind: ItemKind, name: bytes) -> int:
+        """The first offset that no item of a name with the same hash has; ENOSPC."""
+        taken = {split_key(raw)[2] for raw, _ in self._view.scan(*self._span(ino, kind, name))}
+        free = next(
+            (place for place in range(*self._names.slots(name)) if place not in taken), None
+        )
         if free is None:
             raise fail(errno.ENOSPC)
         return free
@@ -544,7 +551,7 @@ class Filesystem:
         if len(name) + len(value) > MAX_XATTR:
             raise fail(errno.ENOSPC)
         self._room(2 * BLOCK)
-        place = found[0] if found else self._free_xattr(ino, name)
+        place = found[0] if found else self._free_place(ino, ItemKind.XATTR, name)
         item = Put(key(ino, ItemKind.XATTR, place), encode_xattr(name, value))
         self._commit([item, _put(replace(inode, ctime=self._clock()))])
 
@@ -562,22 +569,11 @@ class Filesystem:
         self._commit([item, _put(replace(inode, ctime=self._clock()))])
 
     def _find_xattr(self, ino: int, name: bytes) -> tuple[int, bytes] | None:
-        first, last = self._names.slots(name)
-        span = key(ino, ItemKind.XATTR, first), key(ino, ItemKind.XATTR, last)
-        for raw, value in self._view.scan(*span):
+        for raw, value in self._view.scan(*self._span(ino, ItemKind.XATTR, name)):
             found, content = decode_xattr(value)
             if found == name:
                 return split_key(raw)[2], content
         return None
-
-    def _free_xattr(self, ino: int, name: bytes) -> int:
-        first, last = self._names.slots(name)
-        span = key(ino, ItemKind.XATTR, first), key(ino, ItemKind.XATTR, last)
-        taken = {split_key(raw)[2] for raw, _ in self._view.scan(*span)}
-        free = next((place for place in range(first, last) if place not in taken), None)
-        if free is None:
-            raise fail(errno.ENOSPC)
-        return free
 
     # -- effects ---------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import trio
 from hpkvfs.errors import KeyExists, SecondWriter, StoreError
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.view import View
+from hpkvfs.parallel import each
 from hpkvfs.types import ANCHOR_BIT, BlobId, BlobRef
 from hpkvfs.volume import gc
 from hpkvfs.volume.commit import Base, Insert, Load, Sealed, Step, Steps, publish
@@ -90,7 +91,6 @@ class Publisher:
         self._next_ino = 0
         self.orphans: set[BlobRef] = set()
         self.removed: set[BlobRef] = set()
-        self.stored_blobs = 0
         self.last_error: StoreError | SecondWriter | None = None
 
     @property
@@ -180,25 +180,14 @@ class Publisher:
     async def _store(self, attempt: _Attempt, step: Insert, progress: Progress) -> None:
         """Store all of a step, in parallel; after a failure nothing more is started."""
         todo = [sealed for sealed in step.blobs if sealed.ref not in attempt.stored]
-        todo.reverse()
-        total, failures = len(step.blobs), list[Exception]()
+        total, unstored = len(step.blobs), len(attempt.stored) + len(todo)
 
-        async def work() -> None:
-            while todo and not failures:
-                sealed = todo.pop()
-                try:
-                    await self._store_one(sealed)
-                except Exception as error:
-                    failures.append(error)
-                    return
-                attempt.stored.add(sealed.ref)
-                progress(total - len(todo), total)
+        async def store(sealed: Sealed) -> None:
+            await self._store_one(sealed)
+            attempt.stored.add(sealed.ref)
+            progress(total - unstored + len(attempt.stored), total)
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(min(INSERTS_AT_ONCE, len(todo))):
-                nursery.start_soon(work)
-        if failures:
-            raise next((e for e in failures if isinstance(e, SecondWriter)), failures[0])
+        await each(todo, store, INSERTS_AT_ONCE)
 
     async def _store_one(self, sealed: Sealed) -> None:
         ref, store = sealed.ref, self._volume.store
@@ -215,7 +204,6 @@ class Publisher:
                         "unmount it there; what was written here is kept in the state directory",
                     ) from None
                 raise
-        self.stored_blobs += 1
         self._volume.remember(ref, sealed.blob, sealed.node)
 
     async def _complete(self, attempt: _Attempt, known: Known) -> None:

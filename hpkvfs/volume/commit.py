@@ -20,7 +20,16 @@ from hpkvfs.types import BlobId, BlobRef, Generation, Missing, anchor_id
 from hpkvfs.volume.anchor import Anchor, successors
 from hpkvfs.volume.blob import Kind, Sealer
 from hpkvfs.volume.deadlist import Dead, DeadList
-from hpkvfs.volume.items import BLOCK, INLINE_LIMIT, PIECE, ItemKind, decode_extent, key, split_key
+from hpkvfs.volume.items import (
+    BLOCK,
+    INLINE_LIMIT,
+    PIECE,
+    ItemKind,
+    decode_extent,
+    encode_extent,
+    key,
+    split_key,
+)
 from hpkvfs.volume.volume import Known, MissingNode
 
 EXTENTS_AT_ONCE = 256
@@ -218,7 +227,7 @@ def _blocks(
             if len(content) > INLINE_LIMIT:
                 ref = maker.make(Kind.EXTENT, content.ljust(BLOCK, b"\0"))
                 extents.append(ref)
-                edits[key(ino, ItemKind.EXTENT, number * BLOCK)] = ref.encode()
+                edits[key(ino, ItemKind.EXTENT, number * BLOCK)] = encode_extent(ref)
             else:
                 edits.update(_pieces(ino, number, content))
         if len(maker.made) >= EXTENTS_AT_ONCE:

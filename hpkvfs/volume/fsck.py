@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-import trio
-
 from hpkvfs.errors import CorruptBlob
+from hpkvfs.parallel import each
 from hpkvfs.tree import check
 from hpkvfs.tree.node import CorruptNode, Node
 from hpkvfs.types import BlobId, BlobRef
@@ -31,10 +30,9 @@ from hpkvfs.volume.items import (
     file_type,
     split_key,
 )
-from hpkvfs.volume.volume import Volume
+from hpkvfs.volume.volume import FETCHES_AT_ONCE, Volume
 
 Progress = Callable[[int, int], None]
-FETCHES_AT_ONCE = 16
 
 
 @dataclass(slots=True)
@@ -129,9 +127,7 @@ async def _fetch_all(
             except CorruptBlob as error:
                 report.problems.append(error.message)
 
-        async with trio.open_nursery() as nursery:
-            for ref in batch:
-                nursery.start_soon(fetch, ref)
+        await each(batch, fetch, FETCHES_AT_ONCE)
         for ref in batch:
             if ref in found:
                 yield ref, found[ref]

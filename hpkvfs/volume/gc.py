@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
-import trio
-
 from hpkvfs.errors import KeyAbsent
+from hpkvfs.parallel import each
 from hpkvfs.types import BlobRef, Generation, Missing
 from hpkvfs.volume.deadlist import Dead
 from hpkvfs.volume.volume import Volume
@@ -45,22 +44,12 @@ async def collect(
     """Delete every dead blob; `result` tells how far it got even when StoreError is raised."""
     entries, _ = await dead_entries(volume)
     shuffle(entries)
-    total, failures = len(entries), list[Exception]()
 
-    async def work() -> None:
-        while entries and not failures:
-            ref = entries.pop().ref
-            try:
-                await _delete(volume, ref, result)
-            except Exception as error:
-                failures.append(error)
-            progress(total - len(entries), total)
+    async def delete(entry: Dead) -> None:
+        await _delete(volume, entry.ref, result)
+        progress(len(result.deleted) + len(result.absent), len(entries))
 
-    async with trio.open_nursery() as nursery:
-        for _ in range(min(DELETES_AT_ONCE, total)):
-            nursery.start_soon(work)
-    if failures:
-        raise failures[0]
+    await each(entries, delete, DELETES_AT_ONCE)
 
 
 async def _delete(volume: Volume, ref: BlobRef, result: Collected) -> None:

@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 import trio
 
 from hpkvfs.errors import CorruptBlob
+from hpkvfs.parallel import each
 from hpkvfs.tree import btree
 from hpkvfs.tree.node import CorruptNode, Node
 from hpkvfs.types import BlobId, BlobRef, BlobStore, Generation, Missing, anchor_id
@@ -169,10 +170,6 @@ class Volume:
         if node is not None:
             self._nodes.put(ref, node)
 
-    def remember_extent(self, ref: BlobRef, payload: bytes) -> None:
-        """Keep an extent's payload in memory."""
-        self._extents.put(ref, payload)
-
     def forget(self, ref: BlobRef) -> None:
         """Drop a blob from the local cache: it was deleted."""
         self._cache.drop(ref)
@@ -181,22 +178,14 @@ class Volume:
     async def load(self, missing: Missing) -> None:
         """Bring what is missing into memory, in parallel; StoreError or CorruptBlob."""
         kind = {MissingNode: Kind.NODE, MissingExtent: Kind.EXTENT}.get(type(missing), Kind.PAGE)
+
+        async def load(ref: BlobRef) -> None:
+            await self._load_one(ref, kind)
+
         if len(missing.refs) == 1:
-            await self._load_one(missing.refs[0], kind)
-            return
-        failures: list[Exception] = []
-
-        async def load_one(ref: BlobRef) -> None:
-            try:
-                await self._load_one(ref, kind)
-            except Exception as error:
-                failures.append(error)
-
-        async with trio.open_nursery() as nursery:
-            for ref in missing.refs:
-                nursery.start_soon(load_one, ref)
-        if failures:
-            raise failures[0]
+            await load(missing.refs[0])
+        else:
+            await each(missing.refs, load, FETCHES_AT_ONCE)
 
     async def _load_one(self, ref: BlobRef, kind: Kind) -> None:
         if (loading := self._loading.get(ref)) is not None:

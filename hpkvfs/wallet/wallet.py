@@ -23,7 +23,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
 from hpkvfs.errors import EmptyWallet
 from hpkvfs.protocol.credential import Credential
@@ -86,9 +85,6 @@ class Settled:
     pending: Pending
     attempt: Attempt
     outputs: tuple[Held, ...]
-
-
-State: TypeAlias = Held | Pending | Settled
 
 
 @dataclass(frozen=True, slots=True)
