@@ -6,6 +6,7 @@
       Unreachable       try again later, nothing is lost
       Refusal           the server said no; nothing was spent
     Misbehaviour      the server, or someone between, lied                exit 5
+      Tagging           the server tells its users apart                    exit 5
     EmptyWallet       buy tokens                                          exit 6
 
 Every message is one sentence that can be shown as it is; `hint` says what to do next.
@@ -83,6 +84,10 @@ class Misbehaviour(StoreError):
 
 class CorruptBlob(Misbehaviour):
     """A blob is missing, altered, or not what its reference promised."""
+
+
+class Tagging(Misbehaviour):
+    """The server shows its users different parameters, which tells them apart."""
 
 
 class EmptyWallet(StoreError):

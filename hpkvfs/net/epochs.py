@@ -1,9 +1,18 @@
-"""The epochs a client knows, pinned in its journal.
+"""The epochs of a server as this client knows them: asked for, compared, pinned in the journal.
 
-Who shows each client parameters of its own can tell the clients apart. So an epoch's parameters
-are taken once and never changed: others under the same number, or that do not continue the
-chain of hashes from the epoch before, are a lie. Their digit table is checked before the first
-use, since a false table betrays amounts.
+A server that shows each user parameters of his own can tell its users apart ("tagging"), since
+every request names the parameters it was made with. Therefore:
+
+  - what a server says of its epochs is signed with its identity: the key in its onion address,
+    or, for a server without one, the key that it showed first;
+  - it is asked for over WITNESSES connections at once, of which it cannot know that they are
+    one client's, and all must be told the same;
+  - an epoch's parameters are pinned when first seen and never change. Others under the same
+    number, or that do not continue the chain of hashes from the epoch before, are a lie. Each
+    later question, at its own time and on its own connections, is one more comparison.
+
+Whatever differs raises Tagging before anything is made with those parameters. An epoch's digit
+table is checked before it is pinned, since a false table betrays amounts.
 """
 
 from __future__ import annotations
@@ -11,23 +20,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from hpkvfs.errors import Misbehaviour
+import trio
+
+from hpkvfs.errors import Misbehaviour, Tagging
+from hpkvfs.net.line import Line
+from hpkvfs.net.refusals import out_of_place, refusal
+from hpkvfs.parallel import each
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.errors import ProtocolError
+from hpkvfs.protocol.messages import Parameters, ParametersRequest, Refused
 from hpkvfs.wallet.journal import Journal
 
+WITNESSES: Final = 3
+_ROUNDS: Final = 3
 _PREFIX: Final = "epoch/"
+_IDENTITY: Final = "identity"
+_HINT: Final = (
+    "a server that tells its users apart does so; nothing was spent: do not use it,"
+    " and ask its operator"
+)
 
 
-class KnownEpochs:
+class Epochs:
     """Pinned epochs, and which of them the server said it still uses."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, line: Line, identity: bytes | None) -> None:
+        """`identity`: 32 bytes, from the server's address; None takes and pins what it shows."""
         self._journal = journal
+        self._line = line
+        self._identities = {one for one in (identity, journal.meta(_IDENTITY)) if one is not None}
         self._known: dict[bytes, EpochParameters] = {}
         for name in journal.names(_PREFIX):
             self._add(EpochParameters.decode(journal.meta(name) or b""))
         self._live: list[EpochParameters] = []
+        self._asking = trio.Lock()
 
     def find(self, digest: bytes) -> EpochParameters | None:
         """The pinned epoch with this digest."""
@@ -38,17 +64,78 @@ class KnownEpochs:
         """Pinned epochs that the server uses, oldest first; empty before it was asked."""
         return self._live
 
-    def set_live(self, digests: Sequence[bytes]) -> None:
-        """What the server uses, as it says; digests that are not pinned have no say."""
-        known = [self._known[digest] for digest in digests if digest in self._known]
+    async def newest(self) -> EpochParameters:
+        """The epoch that the server issues in; asked for when first needed."""
+        if not self._live:
+            async with self._asking:
+                if not self._live:
+                    await self.refresh()
+        return self._live[-1]
+
+    async def refresh(self) -> None:
+        """Ask which epochs there are; Tagging if that is not what others, or we, were shown."""
+        reply = await self._agreed(None)
+        newest = self._accept(reply)
+        if reply.digests[-1] != newest.digest:
+            raise Misbehaviour("the server's newest epoch is not the last of its list", _HINT)
+        known = [self._known[digest] for digest in reply.digests if digest in self._known]
         self._live = sorted(known, key=_number)
 
-    def accept(self, encoded: bytes) -> EpochParameters:
-        """Check and pin what a server showed; Misbehaviour if it cannot be what others see."""
+    async def get(self, digest: bytes) -> EpochParameters:
+        """The epoch with this digest, pinned or asked for."""
+        known = self._known.get(digest)
+        if known is None:
+            known = self._accept(await self._agreed(digest))
+        if known.digest != digest:
+            raise Misbehaviour("the server answered with another epoch than was asked for")
+        return known
+
+    # Asking.
+
+    async def _agreed(self, digest: bytes | None) -> Parameters:
+        """What all witnesses are told. A new epoch may begin while they ask: then once more."""
+        for _ in range(_ROUNDS):
+            told = await self._told(digest)
+            for one in told:
+                self._check_identity(one, told[0])
+            if len({one.parameters if digest else one.encode() for one in told}) == 1:
+                return told[0]
+            if digest is not None or not _is_succession(told):
+                break
+        raise Tagging("the server shows different parameters to different connections", _HINT)
+
+    async def _told(self, digest: bytes | None) -> list[Parameters]:
+        frame = ParametersRequest(digest).encode()
+        told: list[Parameters] = []
+
+        async def ask(_: int) -> None:
+            reply = await self._line.ask(frame)
+            if isinstance(reply, Refused):
+                raise refusal(reply.reason)
+            if not isinstance(reply, Parameters):
+                raise out_of_place()
+            told.append(reply)
+
+        await each(range(WITNESSES), ask, WITNESSES)
+        return told
+
+    def _check_identity(self, told: Parameters, first: Parameters) -> None:
+        if not told.is_genuine:
+            raise Misbehaviour("the server's parameters are not signed by who they say", _HINT)
+        if told.identity != first.identity:
+            raise Tagging("the server shows different identities to different connections", _HINT)
+        if self._identities - {told.identity}:
+            raise Tagging("the server's parameters are signed by another identity", _OTHER)
+
+    # Pinning.
+
+    def _accept(self, told: Parameters) -> EpochParameters:
+        """Check and pin what a server showed, and who it is."""
+        self._pin_identity(told.identity)
         try:
-            shown = EpochParameters.decode(encoded)
+            shown = EpochParameters.decode(told.parameters)
         except ProtocolError as error:
-            raise Misbehaviour("the server's parameters cannot be read", _HINT) from error
+            raise Misbehaviour("the server's parameters cannot be read", _OTHER) from error
         pinned = self._known.get(shown.digest)
         if pinned is not None:
             return pinned
@@ -59,20 +146,25 @@ class KnownEpochs:
             raise Misbehaviour(
                 "the server's parameters would betray amounts", "do not use this server"
             ) from error
-        self._journal.put_meta(f"{_PREFIX}{shown.number:010}", encoded)
+        self._journal.put_meta(f"{_PREFIX}{shown.number:010}", told.parameters)
         self._add(shown)
         return shown
+
+    def _pin_identity(self, identity: bytes) -> None:
+        if self._journal.meta(_IDENTITY) is None:
+            self._identities.add(identity)
+            self._journal.put_meta(_IDENTITY, identity)
 
     def _check_place(self, shown: EpochParameters) -> None:
         for other in self._known.values():
             if other.number == shown.number:
-                raise Misbehaviour(
+                raise Tagging(
                     f"the server shows other parameters for epoch {shown.number} than before",
                     _HINT,
                 )
             older, newer = sorted((other, shown), key=_number)
             if newer.number == older.number + 1 and not newer.follows(older):
-                raise Misbehaviour(
+                raise Tagging(
                     f"the server's epoch {newer.number} does not follow epoch {older.number}",
                     _HINT,
                 )
@@ -81,7 +173,26 @@ class KnownEpochs:
         self._known[parameters.digest] = parameters
 
 
-_HINT: Final = "it may be another server, or one that tells its users apart: ask its operator"
+_OTHER: Final = "it may be another server, or one that tells its users apart: ask its operator"
+
+
+def _is_succession(told: Sequence[Parameters]) -> bool:
+    """Whether what was told differs only by one epoch that began in between."""
+    different = list({one.digests: one for one in told}.values())
+    if len(different) != 2:
+        return False
+    one, other = different
+    return _succeeds(one, other) or _succeeds(other, one)
+
+
+def _succeeds(newer: Parameters, older: Parameters) -> bool:
+    """Whether the newest epoch of one names that of the other as the epoch before."""
+    try:
+        previous = EpochParameters.decode(newer.parameters).previous
+    except ProtocolError:
+        return False
+    kept = newer.digests[:-1]
+    return previous == older.digests[-1] and kept == older.digests[len(older.digests) - len(kept) :]
 
 
 def _number(parameters: EpochParameters) -> int:

@@ -1,10 +1,10 @@
-"""What a server's refusal means to whoever asked."""
+"""What a server's refusal means to whoever asked, and an answer that is none."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from hpkvfs.errors import KeyAbsent, KeyExists, Refusal, UserError
+from hpkvfs.errors import KeyAbsent, KeyExists, Misbehaviour, Refusal, UserError
 from hpkvfs.protocol.messages import Reason
 
 
@@ -48,3 +48,11 @@ def refusal(reason: Reason) -> Refusal:
     """The error to raise for a reason."""
     kind, message, hint = _WHY.get(reason, (Refusal, "the server refused", _BUG))
     return kind(message, hint)
+
+
+def out_of_place() -> Misbehaviour:
+    """The error to raise for a reply of the wrong kind."""
+    return Misbehaviour(
+        "the server answered something else than it was asked",
+        "nothing is lost; is it a server for hpkvfs?",
+    )

@@ -14,6 +14,7 @@ from typing import Final
 import trio
 
 from hpkvfs.errors import StoreError, Unreachable, UserError
+from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
 from hpkvfs.net.refusals import UnknownEpoch
 from hpkvfs.net.teller import Order, Teller
@@ -53,13 +54,18 @@ class RemoteStore:
         dialer: Dialer,
         rng: Callable[[int], bytes],
         *,
+        identity: bytes | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
-        """The journal stays the caller's to close, after the last call. VaultError if damaged."""
+        """`identity`: the key (32 bytes) in the server's onion address, if it has one.
+
+        The journal stays the caller's to close, after the last call. VaultError if damaged.
+        """
         line = Line(dialer, rng, patience)
+        epochs = Epochs(journal, line, identity)
         self._journal = journal
-        self._teller = Teller(journal, line, rng, pool_size=2 * max_in_flight)
+        self._teller = Teller(journal, line, epochs, rng, pool_size=2 * max_in_flight)
         self._pool_size = 2 * max_in_flight
         self._resolving = trio.Lock()
         self._slots = trio.Semaphore(max_in_flight)
@@ -128,7 +134,7 @@ class RemoteStore:
         try:
             await self._teller.buy(make, voucher.amount, voucher.digest)
         except UnknownEpoch:
-            await self._teller.refresh()
+            await self._teller.epochs.refresh()
             await self._teller.buy(make, voucher.amount, voucher.digest)
 
     async def prime(self) -> None:
@@ -139,8 +145,8 @@ class RemoteStore:
                 await self._teller.grow(epoch)
 
     async def parameters(self) -> EpochParameters:
-        """The newest epoch: number, tariff, issuer. Asked for once; Misbehaviour if it changed."""
-        return await self._teller.newest()
+        """The newest epoch: number, tariff, issuer. Asked for once; Tagging if it changed."""
+        return await self._teller.epochs.newest()
 
     @property
     def balance(self) -> Balance:

@@ -28,9 +28,9 @@ from typing import Final, TypeAlias
 import trio
 
 from hpkvfs.errors import EmptyWallet, Misbehaviour, Refusal, StoreError, Unreachable
-from hpkvfs.net.epochs import KnownEpochs
+from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
-from hpkvfs.net.refusals import UnknownEpoch, refusal
+from hpkvfs.net.refusals import UnknownEpoch, out_of_place, refusal
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol import codec
 from hpkvfs.protocol.credential import Draft, prepare
@@ -40,8 +40,6 @@ from hpkvfs.protocol.messages import (
     CredentialedRequest,
     Done,
     Fact,
-    Parameters,
-    ParametersRequest,
     Refused,
     ReissueRequest,
     Spent,
@@ -80,62 +78,34 @@ class Teller:
     """Pays for requests out of one wallet; the number of calls at a time is its caller's."""
 
     def __init__(
-        self, journal: Journal, line: Line, rng: Callable[[int], bytes], pool_size: int
+        self,
+        journal: Journal,
+        line: Line,
+        epochs: Epochs,
+        rng: Callable[[int], bytes],
+        pool_size: int,
     ) -> None:
         """`pool_size`: how many credentials to have when many calls want some at once."""
         self.wallet: Final[Wallet] = journal.load()
+        self.epochs: Final = epochs
         self._journal = journal
         self._line = line
         self._rng = rng
         self._pool_size = pool_size
-        self._epochs = KnownEpochs(journal)
-        self._fetching = trio.Lock()
         self._driven: set[int] = set()
         self._stuck: set[int] = set()
         self._changed = trio.Event()
         self._stranding = trio.Event()
 
-    # Epochs.
-
-    async def newest(self) -> EpochParameters:
-        """The epoch that the server issues in; asked for when first needed."""
-        if not self._epochs.live:
-            async with self._fetching:
-                if not self._epochs.live:
-                    await self.refresh()
-        return self._epochs.live[-1]
-
-    async def refresh(self) -> None:
-        """Ask which epochs there are; Misbehaviour if they are not what was pinned."""
-        reply = await self._fetch(None)
-        newest = self._epochs.accept(reply.parameters)
-        self._epochs.set_live((*reply.digests, newest.digest))
-
-    async def _find_epoch(self, digest: bytes) -> EpochParameters:
-        known = self._epochs.find(digest)
-        if known is None:
-            known = self._epochs.accept((await self._fetch(digest)).parameters)
-        if known.digest != digest:
-            raise Misbehaviour("the server answered with another epoch than was asked for")
-        return known
-
-    async def _fetch(self, digest: bytes | None) -> Parameters:
-        reply = await self._line.ask(ParametersRequest(digest).encode())
-        if isinstance(reply, Refused):
-            raise refusal(reply.reason)
-        if not isinstance(reply, Parameters):
-            raise _out_of_place()
-        return reply
+    # Paying.
 
     async def _paying_epoch(self, operation: Operation) -> EpochParameters:
         """The oldest epoch with tokens enough, since that one ends first; else the newest."""
-        newest = await self.newest()
-        for epoch in self._epochs.live[:-1]:
+        newest = await self.epochs.newest()
+        for epoch in self.epochs.live[:-1]:
             if self.wallet.worth(epoch.digest) >= max(1, -epoch.tariff.delta(operation)):
                 return epoch
         return newest
-
-    # Paying.
 
     async def pay(self, order: Order) -> Answer:
         """Perform an operation that takes two credentials, whatever that takes.
@@ -146,7 +116,7 @@ class Teller:
         try:
             return await self._pay(order, await self._paying_epoch(order.operation))
         except UnknownEpoch:
-            await self.refresh()
+            await self.epochs.refresh()
             return await self._pay(order, await self._paying_epoch(order.operation))
 
     async def _pay(self, order: Order, epoch: EpochParameters) -> Answer:
@@ -205,7 +175,7 @@ class Teller:
 
     async def buy(self, make: Make, amount: int, memo: bytes) -> None:
         """Exchange what `make` pays with for credentials; a Refusal leaves nothing behind."""
-        epoch = await self.newest()
+        epoch = await self.epochs.newest()
         amounts = split(amount, epoch.tariff.insert)
         body, attempt = self._prove(epoch, make(epoch.digest), (), amounts)
         attempt = replace(attempt, body=body)
@@ -267,7 +237,7 @@ class Teller:
 
     async def _resolve_by_reissue(self, pending: Pending) -> Answer:
         with self._driving(pending):
-            epoch = await self._find_epoch(pending.epoch)
+            epoch = await self.epochs.get(pending.epoch)
             amounts = split(pending.amount, epoch.tariff.insert)
             request = ReissueRequest(epoch.digest, 2)
             body, attempt = self._prove(epoch, request, pending.inputs, amounts)
@@ -346,14 +316,14 @@ class Teller:
             case Refused(reason):
                 raise refusal(reason)
             case _:
-                raise _out_of_place()
+                raise out_of_place()
         await self._settle(pending, attempt, fact, issued)
         return Answer(attempt, value)
 
     async def _settle(self, pending: Pending, attempt: Attempt, fact: Fact, issued: bytes) -> None:
         if (fact.operation, fact.delta) != (attempt.operation, attempt.delta):
             raise Misbehaviour("the server charged for something else than was asked for")
-        epoch = self._epochs.find(pending.epoch) or await self._find_epoch(pending.epoch)
+        epoch = await self.epochs.get(pending.epoch)
         try:
             outputs = Draft.decode(attempt.secrets).finish(epoch.issuer, issued)
         except ProtocolError as error:
@@ -395,11 +365,4 @@ def _own(pending: Pending, reply: Spent) -> tuple[Attempt, Fact, bytes]:
     raise Misbehaviour(
         "tokens of this wallet were spent by a request that is not in its journal",
         "was the state directory copied or restored? recover the vault from its words",
-    )
-
-
-def _out_of_place() -> Misbehaviour:
-    return Misbehaviour(
-        "the server answered something else than it was asked",
-        "nothing is lost; is it a server for hpkvfs?",
     )

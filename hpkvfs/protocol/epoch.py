@@ -26,6 +26,11 @@ _MAGIC: Final = b"hpke"
 EPOCH_SIZE: Final = _HEADER.size + PARAMETERS_SIZE
 
 
+def parameters_digest(encoded: bytes) -> bytes:
+    """The 32 bytes by which an epoch is known: a tagged hash of its encoded parameters."""
+    return tagged_hash("hpkv/epoch/v1", encoded)
+
+
 @dataclass(frozen=True, slots=True)
 class EpochParameters:
     """Number (u32), tariff, issuer's public key, and digest of the epoch before (32 bytes)."""
@@ -44,7 +49,7 @@ class EpochParameters:
             raise ValueError(f"a digest has {DIGEST_SIZE} bytes, not {len(self.previous)}")
         encoded = self._header() + self.issuer.encoded
         object.__setattr__(self, "encoded", encoded)
-        object.__setattr__(self, "digest", tagged_hash("hpkv/epoch/v1", encoded))
+        object.__setattr__(self, "digest", parameters_digest(encoded))
 
     def _header(self) -> bytes:
         tariff = self.tariff

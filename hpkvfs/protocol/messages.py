@@ -19,11 +19,13 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Final, TypeAlias
 
-from hpkvfs.protocol import codec
+from hpkvfs.protocol import codec, identity
 from hpkvfs.protocol.codec import array, integer, octets, optional
 from hpkvfs.protocol.credential import AMOUNT_LIMIT, Statement
+from hpkvfs.protocol.epoch import parameters_digest
 from hpkvfs.protocol.errors import Malformed
 from hpkvfs.protocol.group import tagged_hash
+from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.tariff import Operation, Tariff
 from hpkvfs.protocol.voucher import SECRET_SIZE, voucher_digest
 from hpkvfs.types import BLOB_SIZE
@@ -342,17 +344,44 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """An epoch's parameters, and the digests of all epochs in use, the newest last."""
+    """An epoch's parameters, the digests of all epochs in use, the newest last, and who says so.
+
+    `identity` (32 bytes) is the server's, and `signature` its over all of this.
+    """
 
     _kind: ClassVar = 1
-    _read: ClassVar = codec.fields(octets(1, MAX_PARAMETERS), array(_digest, 1, MAX_EPOCHS))
+    _domain: ClassVar = "hpkv/parameters/v1"
+    _read: ClassVar = codec.fields(
+        octets(1, MAX_PARAMETERS),
+        array(_digest, 1, MAX_EPOCHS),
+        octets(identity.IDENTITY_SIZE),
+        octets(identity.SIGNATURE_SIZE),
+    )
 
     parameters: bytes
     digests: tuple[bytes, ...]
+    identity: bytes
+    signature: bytes = field(repr=False)
+
+    @classmethod
+    def signed(cls, parameters: bytes, digests: tuple[bytes, ...], by: Identity) -> Parameters:
+        """What a server says of its epochs."""
+        signature = by.sign(cls._domain, _parameters_message(parameters, digests))
+        return cls(parameters, digests, by.public, signature)
+
+    @property
+    def is_genuine(self) -> bool:
+        """Whether `identity` signed it; whose identity that is, is another question."""
+        message = _parameters_message(self.parameters, self.digests)
+        return identity.verify(self.identity, self._domain, message, self.signature)
 
     def encode(self) -> bytes:
         """The frame to send: REPLY_SIZE bytes."""
-        return _reply(self._kind, self.parameters, self.digests)
+        return _reply(self._kind, self.parameters, self.digests, self.identity, self.signature)
+
+
+def _parameters_message(parameters: bytes, digests: tuple[bytes, ...]) -> bytes:
+    return parameters_digest(parameters) + b"".join(digests)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,12 @@ import trio
 
 from hpkvd import config as settings
 from hpkvd import epochs as epoch_files
+from hpkvd import identity as identity_file
 from hpkvd import log
 from hpkvd.config import Config, ConfigError
 from hpkvd.epochs import EpochError, Epochs
 from hpkvd.handler import Handler
+from hpkvd.identity import IdentityError
 from hpkvd.ledger import LedgerBusy, LedgerError, Totals
 from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvd.payments import vouchers
@@ -58,7 +60,7 @@ def _failures(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **options: Any) -> None:
         try:
             command(*args, **options)
-        except (ConfigError, EpochError) as error:
+        except (ConfigError, EpochError, IdentityError) as error:
             raise Failure(str(error), os.EX_CONFIG) from error
         except LedgerBusy as error:
             raise Failure(str(error), os.EX_TEMPFAIL) from error
@@ -106,12 +108,16 @@ def main() -> None:
 @click.option("--refund", type=int, default=8, show_default=True, help="Tokens back for deleting.")
 @_failures
 def init(data: Path, look_up: int, insert: int, refund: int) -> None:
-    """Make a data directory: settings, the first epoch's keys, an empty ledger."""
+    """Make a data directory: settings, identity, the first epoch's keys, an empty ledger.
+
+    Back up the whole directory: whoever has it can be this server, and nobody can without it.
+    """
     try:
         config = Config(tariff=Tariff(look_up, insert, refund))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     _make_empty(data)
+    identity_file.create(data / settings.IDENTITY, secrets.token_bytes)
     SqliteLedger.create(data / settings.LEDGER)
     epoch = epoch_files.first_epoch(config.tariff, secrets.token_bytes)
     epoch_files.save(data / settings.EPOCHS, epoch)
@@ -138,7 +144,7 @@ def serve(data: Path, listen: str | None, ready_fd: int | None) -> None:
     log.start()
     config = settings.load(data)
     host, port = settings.address(listen or config.listen)
-    epochs = epoch_files.load(data / settings.EPOCHS)
+    epochs = _load_epochs(data)
     if epochs.newest.tariff != config.tariff:
         log.tell("the tariff in the settings differs from the epoch's, which stays until the next")
     ledger = SqliteLedger(data / settings.LEDGER, reserve=config.reserve_mib * MIB)
@@ -234,13 +240,17 @@ def voucher(data: Path, amount: int, count: int, as_json: bool) -> None:
 @_failures
 def status(data: Path, as_json: bool) -> None:
     """Tell how much is stored and spent; also while the server runs."""
-    epochs = epoch_files.load(data / settings.EPOCHS)
     ledger = _open(data)
     try:
-        report = _report(epochs, ledger.totals())
+        report = _report(_load_epochs(data), ledger.totals())
     finally:
         ledger.close()
     click.echo(json.dumps(report) if as_json else _text(report))
+
+
+def _load_epochs(data: Path) -> Epochs:
+    identity = identity_file.load(data / settings.IDENTITY)
+    return epoch_files.load(data / settings.EPOCHS, identity)
 
 
 def _open(data: Path) -> SqliteLedger:

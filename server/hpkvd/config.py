@@ -17,6 +17,7 @@ from hpkvfs.protocol.tariff import Tariff
 FILE: Final = "hpkvd.toml"
 LEDGER: Final = "ledger.sqlite"
 EPOCHS: Final = "epochs"
+IDENTITY: Final = "identity"
 
 TEMPLATE: Final = """\
 # hpkvd: settings, read when the server starts.

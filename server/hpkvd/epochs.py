@@ -10,16 +10,18 @@ mint tokens, though not find out who spent which.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
+from hpkvd import files
 from hpkvfs.protocol.credential import Issuer
 from hpkvfs.protocol.epoch import NO_EPOCH, EpochParameters
 from hpkvfs.protocol.errors import ProtocolError
+from hpkvfs.protocol.identity import Identity
+from hpkvfs.protocol.messages import Parameters
 from hpkvfs.protocol.tariff import Tariff
 
 FIRST: Final = 1
@@ -50,12 +52,20 @@ class Epoch:
 class Epochs:
     """The epochs in use, in order; at least one."""
 
-    def __init__(self, epochs: Sequence[Epoch]) -> None:
+    def __init__(self, epochs: Sequence[Epoch], identity: Identity) -> None:
         if not epochs:
             raise ValueError("a server has at least one epoch")
         self._by_digest = {epoch.parameters.digest: epoch for epoch in epochs}
         self.newest = epochs[-1]
-        self.digests = tuple(self._by_digest)
+        digests = tuple(self._by_digest)
+        self._told = {
+            epoch.parameters.digest: Parameters.signed(epoch.parameters.encode(), digests, identity)
+            for epoch in epochs
+        }
+
+    def tell(self, digest: bytes | None) -> Parameters | None:
+        """What clients are told of an epoch in use (None: the newest), signed."""
+        return self._told.get(digest or self.newest.parameters.digest)
 
     def find(self, digest: bytes) -> Epoch | None:
         """The epoch whose parameters have this hash, if it is in use."""
@@ -71,12 +81,12 @@ def first_epoch(tariff: Tariff, rng: Callable[[int], bytes]) -> Epoch:
 def save(directory: Path, epoch: Epoch) -> None:
     """Write an epoch, durably; OSError, also if it is there already."""
     directory.mkdir(mode=0o700, exist_ok=True)
-    _write_new(_secret_path(directory, epoch.number), epoch.issuer.to_bytes())
-    _write_new(_parameters_path(directory, epoch.number), epoch.parameters.encode())
-    _sync(directory)
+    files.write_new(_secret_path(directory, epoch.number), epoch.issuer.to_bytes())
+    files.write_new(_parameters_path(directory, epoch.number), epoch.parameters.encode())
+    files.sync(directory)
 
 
-def load(directory: Path) -> Epochs:
+def load(directory: Path, identity: Identity) -> Epochs:
     """Every epoch in the directory; EpochError unless they form one chain."""
     numbers = sorted(int(path.stem) for path in directory.glob("*.parameters"))
     if not numbers:
@@ -88,7 +98,7 @@ def load(directory: Path) -> Epochs:
                 f"epoch {after.number} in {directory} does not follow epoch {before.number};"
                 " restore the directory from a backup"
             )
-    return Epochs(epochs)
+    return Epochs(epochs, identity)
 
 
 def _load_one(directory: Path, number: int) -> Epoch:
@@ -114,19 +124,3 @@ def _parameters_path(directory: Path, number: int) -> Path:
 
 def _secret_path(directory: Path, number: int) -> Path:
     return directory / f"{number:08d}.secret"
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -39,7 +39,6 @@ from hpkvfs.protocol.messages import (
     IssueRequest,
     LookUpRequest,
     Outcome,
-    Parameters,
     ParametersRequest,
     Reason,
     Refused,
@@ -94,11 +93,7 @@ class Handler:
         return await self._purchase(epoch, request, credentials)
 
     def _parameters(self, request: ParametersRequest) -> Reply:
-        wanted = request.epoch
-        epoch = self._epochs.newest if wanted is None else self._epochs.find(wanted)
-        if epoch is None:
-            return Refused(Reason.UNKNOWN_EPOCH)
-        return Parameters(epoch.parameters.encode(), self._epochs.digests)
+        return self._epochs.tell(request.epoch) or Refused(Reason.UNKNOWN_EPOCH)
 
     async def _purchase(
         self, epoch: Epoch, request: CredentialedRequest, credentials: CredentialRequest

@@ -14,6 +14,7 @@ from hpkvd.handler import Handler
 from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvd.payments import vouchers
 from hpkvfs.net.store import RemoteStore
+from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.tariff import Tariff
 from tests.doubles import FailingJournal, Wire
 
@@ -24,6 +25,12 @@ KEY = bytes(range(32))
 def epoch_one() -> Epoch:
     """One issuer for all tests: making one takes a while."""
     return first_epoch(Tariff(), secrets.token_bytes)
+
+
+@cache
+def identity() -> Identity:
+    """One identity for all tests of a process."""
+    return Identity(secrets.token_bytes(32))
 
 
 @dataclass
@@ -40,7 +47,12 @@ class World:
         return str(vouchers.make(self.ledger, amount, 1, secrets.token_bytes)[0])
 
     def client(
-        self, *, patience: float = 10, max_in_flight: int = 4, name: str = "wallet"
+        self,
+        *,
+        patience: float = 10,
+        max_in_flight: int = 4,
+        name: str = "wallet",
+        identity: bytes | None = None,
     ) -> RemoteStore:
         """A store over this client's journal; the last in `journals` is its."""
         journal = FailingJournal(self.directory / name, KEY, secrets.token_bytes)
@@ -49,6 +61,7 @@ class World:
             journal,
             self.wire,
             secrets.token_bytes,
+            identity=identity,
             patience=patience,
             max_in_flight=max_in_flight,
         )
@@ -89,7 +102,7 @@ async def running(directory: Path) -> AsyncIterator[World]:
     ledger = SqliteLedger(directory / "ledger", reserve=0)
     try:
         async with ledger.serving():
-            handler = Handler(Epochs([epoch_one()]), ledger)
+            handler = Handler(Epochs([epoch_one()], identity()), ledger)
             world = World(directory, ledger, Wire(handler.answer))
             try:
                 yield world

@@ -21,22 +21,33 @@ from hpkvfs.errors import (
     KeyExists,
     Misbehaviour,
     Refusal,
+    Tagging,
     Unreachable,
     UserError,
     VaultError,
 )
+from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol import messages
 from hpkvfs.protocol.codec import REPLY_SIZE
 from hpkvfs.protocol.credential import Issuer, IssuerParameters, parse
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.group import SigningKey
-from hpkvfs.protocol.messages import Done, Reason, Refused, Spent, StoredFact, decode_request
+from hpkvfs.protocol.identity import Identity
+from hpkvfs.protocol.messages import (
+    Done,
+    Reason,
+    Refused,
+    Spent,
+    StoredFact,
+    decode_reply,
+    decode_request,
+)
 from hpkvfs.protocol.tariff import Operation, Tariff
 from hpkvfs.types import BlobStore
 from hpkvfs.wallet.journal import Receipt
 from tests.doubles import Fault, MemoryStore
-from tests.net.harness import World, epoch_one, running
+from tests.net.harness import World, epoch_one, identity, running
 from tests.store_contract import CONTRACT, memo_of, new_blob
 
 LOSSES = [Fault.LOSE_REQUEST, Fault.LOSE_REPLY, Fault.BREAK_REPLY, Fault.LATE]
@@ -479,7 +490,7 @@ LIES: dict[str, Lie] = {
     "another charge": of_done(another_charge),
     "another operation": of_done(another_operation),
     "spent by a stranger": of_done(spent_by_a_stranger),
-    "parameters": lambda frame: messages.Parameters(b"?", (bytes(32),)).encode(),
+    "parameters": lambda frame: messages.Parameters.signed(b"?", (bytes(32),), identity()).encode(),
 }
 
 
@@ -539,15 +550,134 @@ async def test_refusals_spend_nothing(world: World, reason: Reason) -> None:
 # Epochs.
 
 
+def shown(*epochs: EpochParameters, by: Identity | None = None) -> bytes:
+    """What a server says that has these epochs."""
+    digests = tuple(epoch.digest for epoch in epochs)
+    return messages.Parameters.signed(epochs[-1].encode(), digests, by or identity()).encode()
+
+
+def another_epoch(number: int = 1, after: EpochParameters | None = None) -> EpochParameters:
+    """Parameters of the same issuer, so cheap to make, that nobody else is shown."""
+    previous = after.digest if after else bytes(32)
+    return replace(epoch_one().parameters, number=number, previous=previous, tariff=Tariff(2, 20))
+
+
+async def asks(store: RemoteStore) -> None:
+    await store.parameters()
+
+
+async def redeems(store: RemoteStore) -> None:
+    await store.redeem("hpkv1-9-" + "a" * 32)
+
+
+async def test_parameters_are_asked_for_by_three(world: World) -> None:
+    """Negative control of what follows: an honest server is asked thrice, then trusted."""
+    store = world.client(identity=identity().public)
+    assert await store.parameters() == epoch_one().parameters
+    assert operations(world) == [Operation.PARAMETERS] * 3
+    assert len(set(world.wire.frames)) == 1
+
+
+TAGS: dict[str, Callable[[], bytes]] = {
+    "other prices": lambda: shown(another_epoch()),
+    "a longer list": lambda: shown(another_epoch(0), epoch_one().parameters),
+    "another list": lambda: messages.Parameters.signed(
+        epoch_one().parameters.encode(), (bytes(32), epoch_one().parameters.digest), identity()
+    ).encode(),
+    "another identity": lambda: shown(epoch_one().parameters, by=Identity(bytes(32))),
+}
+
+
+@pytest.mark.parametrize("call", [asks, redeems])
+@pytest.mark.parametrize("tag", TAGS.values(), ids=TAGS)
+@pytest.mark.parametrize("tagged", [0, 1, 2])
+async def test_a_server_that_tags_one_connection_is_noticed(
+    world: World,
+    tag: Callable[[], bytes],
+    tagged: int,
+    call: Callable[[RemoteStore], Awaitable[None]],
+) -> None:
+    store, count = world.client(), 0
+
+    def alter(frame: bytes) -> bytes:
+        nonlocal count
+        count += 1
+        return tag() if count == tagged + 1 else frame
+
+    world.wire.alter = alter
+    with pytest.raises(Tagging, match="different"):
+        await call(store)
+    assert set(operations(world)) == {Operation.PARAMETERS}  # nothing was made with them
+    assert store.balance.total == 0 and store.conservation.holds
+
+
+@pytest.mark.parametrize("tag", TAGS.values(), ids=TAGS)
+async def test_a_server_that_tags_one_user_from_the_start(
+    world: World, tag: Callable[[], bytes]
+) -> None:
+    """It recognised all three connections; whoever knows its address, or comes back, notices."""
+    world.wire.alter = lambda frame: tag()
+    store = world.client(identity=identity().public)
+    if tag is TAGS["another identity"]:
+        with pytest.raises(Tagging, match="signed by another identity"):
+            await store.parameters()
+        return
+    before = await store.parameters()
+    world.wire.alter = None
+    await world.journals[-1].flush()
+    world.kill()
+    store = world.client(identity=identity().public)
+    if before == epoch_one().parameters:
+        await store.parameters()  # the list alone was false: that is over
+        return
+    with pytest.raises(Tagging, match="other parameters for epoch 1"):
+        await store.parameters()
+
+
+async def test_an_epoch_that_begins_while_it_is_asked_for_is_no_tag(world: World) -> None:
+    first, second = epoch_one().parameters, another_epoch(2, epoch_one().parameters)
+    replies = [shown(first), *[shown(first, second)] * 5]
+    world.wire.alter = lambda frame: replies.pop(0)
+    assert await world.client().parameters() == second
+    assert not replies
+
+
+async def test_a_server_that_keeps_changing_its_mind_is_not_believed(world: World) -> None:
+    first, second = epoch_one().parameters, another_epoch(2, epoch_one().parameters)
+    replies = [shown(first), shown(first, second), shown(first)] * 3
+    world.wire.alter = lambda frame: replies.pop(0)
+    with pytest.raises(Tagging, match="different"):
+        await world.client().parameters()
+
+
+async def test_the_identity_is_pinned(world: World) -> None:
+    """A server without an onion address must stay who it was."""
+    await world.rich_client()
+    await world.journals[-1].flush()
+    world.kill()
+    world.wire.alter = lambda frame: shown(epoch_one().parameters, by=Identity(bytes(32)))
+    with pytest.raises(Tagging, match="another identity"):
+        await world.client().parameters()
+
+
+async def test_a_forged_signature_is_refused(world: World) -> None:
+    forged = decode_reply(shown(epoch_one().parameters, by=Identity(bytes(32))))
+    assert isinstance(forged, messages.Parameters)
+    forged = replace(forged, identity=identity().public)
+    world.wire.alter = lambda frame: forged.encode()
+    with pytest.raises(Misbehaviour, match="not signed"):
+        await world.client().parameters()
+
+
 async def test_parameters_are_pinned(world: World) -> None:
     """Another issuer under the same number is noticed, also after a restart."""
     await world.rich_client()
     await world.journals[-1].flush()
     world.kill()
     other = first_epoch(Tariff(), secrets.token_bytes).parameters
-    world.wire.alter = lambda frame: messages.Parameters(other.encode(), (other.digest,)).encode()
+    world.wire.alter = lambda frame: shown(other)
     store = world.client()
-    with pytest.raises(Misbehaviour, match="other parameters for epoch 1"):
+    with pytest.raises(Tagging, match="other parameters for epoch 1"):
         await store.look_up(new_blob()[0].public)
     assert store.balance.total == 10_000
 
@@ -557,7 +687,7 @@ async def test_a_table_that_betrays_amounts_is_refused(world: World) -> None:
     at = 2 * 33
     swapped = issuer[:at] + issuer[at + 33 : at + 66] + issuer[at : at + 33] + issuer[at + 66 :]
     false = replace(epoch_one().parameters, issuer=IssuerParameters.decode(swapped))
-    world.wire.alter = lambda frame: messages.Parameters(false.encode(), (false.digest,)).encode()
+    world.wire.alter = lambda frame: shown(false)
     store = world.client()
     with pytest.raises(Misbehaviour, match="betray"):
         await store.parameters()
@@ -569,7 +699,7 @@ async def test_a_new_epoch_is_taken_up_and_the_old_one_spent(world: World) -> No
     issuer = Issuer.generate(secrets.token_bytes)
     parameters = EpochParameters(2, Tariff(), issuer.parameters, first.parameters.digest)
     second = Epoch(parameters, issuer)
-    world.wire.answer = Handler(Epochs([first, second]), world.ledger).answer
+    world.wire.answer = Handler(Epochs([first, second], identity()), world.ledger).answer
     await world.journals[-1].flush()
     world.kill()
     store = world.client()

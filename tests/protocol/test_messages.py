@@ -67,6 +67,8 @@ replies: st.SearchStrategy[Any] = st.one_of(
         Parameters,
         st.integers(1, messages.MAX_PARAMETERS).map(bytes),
         st.lists(digests, min_size=1, max_size=5).map(tuple),
+        digests,
+        exactly(64),
     ),
     st.builds(Done, facts, issued, st.none()),
     st.builds(Done, st.just(Fact(Operation.LOOK_UP, Outcome.FOUND, -1)), issued, blobs),
@@ -98,7 +100,8 @@ def test_the_largest_of_each_fit() -> None:
     InsertRequest(digest, key, blob, most).encode()
     Done(fact, reply, blob).encode()
     Spent((StoredFact(digest, fact, reply),) * 2).encode()
-    Parameters(bytes(messages.MAX_PARAMETERS), (digest,) * messages.MAX_EPOCHS).encode()
+    most = (digest,) * messages.MAX_EPOCHS
+    Parameters(bytes(messages.MAX_PARAMETERS), most, digest, bytes(64)).encode()
 
 
 @given(request=requests, data=st.data())

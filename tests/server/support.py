@@ -22,6 +22,7 @@ from hpkvfs.protocol.codec import REPLY_SIZE
 from hpkvfs.protocol.credential import Credential, Draft, prepare
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.group import SigningKey
+from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.messages import (
     CredentialedRequest,
     DeleteRequest,
@@ -55,6 +56,12 @@ def new_key() -> SigningKey:
 def epoch() -> Epoch:
     """One epoch for all tests of a process: making its digit table takes a while."""
     return first_epoch(Tariff(), secrets.token_bytes)
+
+
+@cache
+def identity() -> Identity:
+    """One identity for all tests of a process."""
+    return Identity(secrets.token_bytes(32))
 
 
 @dataclass
@@ -169,7 +176,7 @@ async def local_server(path: Path, *, reserve: int = 0) -> AsyncIterator[LocalSe
     ledger = SqliteLedger(path, reserve=reserve)
     try:
         async with ledger.serving():
-            yield LocalServer(Handler(Epochs([epoch()]), ledger), ledger)
+            yield LocalServer(Handler(Epochs([epoch()], identity()), ledger), ledger)
     finally:
         ledger.close()
 

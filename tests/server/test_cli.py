@@ -31,6 +31,7 @@ def test_init_makes_a_directory_only_its_owner_can_read(data: Path) -> None:
     files = [path for path in data.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {
         "hpkvd.toml",
+        "identity",
         "ledger.sqlite",
         "00000001.secret",
         "00000001.parameters",
@@ -172,6 +173,16 @@ def test_a_secret_that_is_not_its_epochs_is_refused(data: Path, tmp_path: Path) 
     assert "secret of epoch 1" in result.output
     (data / "epochs" / "00000001.secret").write_bytes(b"short")
     assert "backup" in run("serve", "--data", str(data)).output
+
+
+@pytest.mark.parametrize("content", [None, b"short"])
+def test_without_its_identity_a_server_does_not_start(data: Path, content: bytes | None) -> None:
+    (data / "identity").unlink()
+    if content is not None:
+        (data / "identity").write_bytes(content)
+    result = run("serve", "--data", str(data))
+    assert result.exit_code == os.EX_CONFIG
+    assert "identity" in result.output and "backup" in result.output
 
 
 @pytest.mark.parametrize("command", ["init", "serve", "voucher", "status"])

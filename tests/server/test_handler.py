@@ -35,6 +35,7 @@ from tests.server.support import (
     Purchase,
     Purse,
     epoch,
+    identity,
     local_server,
     new_blob,
     new_key,
@@ -84,6 +85,7 @@ async def test_parameters_are_free(server: LocalServer) -> None:
         assert isinstance(reply, Parameters)
         assert EpochParameters.decode(reply.parameters) == wanted
         assert reply.digests == (wanted.digest,)
+        assert reply.identity == identity().public and reply.is_genuine
     assert await server.ask(ParametersRequest(bytes(32))) == Refused(Reason.UNKNOWN_EPOCH)
 
 

@@ -35,7 +35,7 @@ from hpkvfs.session import Options, Session, open_session
 from hpkvfs.state import StateDirectory
 from hpkvfs.volume.keys import VaultKeys
 from tests.fs.play import START, Step, play, random_step, tree
-from tests.net.harness import epoch_one
+from tests.net.harness import epoch_one, identity
 
 KEYS = VaultKeys(bytes(range(32)))
 SECONDS_TO_ANSWER = 60
@@ -119,7 +119,7 @@ class World:
         self.ledger = self.directory / "ledger"
         self.state = StateDirectory(self.directory / "state")
         SqliteLedger.create(self.ledger)
-        epoch_one()  # made here once, inherited by every server
+        epoch_one(), identity()  # made here once, inherited by every server
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
         self.state.create(KEYS, f"127.0.0.1:{self.port}", None, secrets.token_bytes, new=True)
@@ -131,7 +131,7 @@ class World:
             ledger = SqliteLedger(self.ledger, reserve=0)
             listeners = await trio.open_tcp_listeners(self.port, host="127.0.0.1")
             async with ledger.serving():
-                handler = Handler(Epochs([epoch_one()]), ledger)
+                handler = Handler(Epochs([epoch_one()], identity()), ledger)
                 report("ready", None)
                 await Service(handler.answer, Limits()).run(listeners, trio.Event())
 

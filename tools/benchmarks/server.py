@@ -19,7 +19,7 @@ from pathlib import Path
 
 import trio
 
-from hpkvd import config, epochs
+from hpkvd import config, epochs, identity
 from hpkvd.epochs import Epoch
 from hpkvfs.protocol.codec import REPLY_SIZE
 from hpkvfs.protocol.credential import Credential, Statement, parse, prepare
@@ -90,7 +90,8 @@ def main() -> None:
         data = Path(directory, "data")
         assert hpkvd("init", data=data).returncode == 0
         made = hpkvd("voucher", "--amount", str(2**31), data=data)
-        epoch = epochs.load(data / config.EPOCHS).newest
+        known = identity.load(data / config.IDENTITY)
+        epoch = epochs.load(data / config.EPOCHS, known).newest
         purse = Purse(epoch.parameters)
         with ServerProcess(data) as server:
             server.ask(purse.redeem(Voucher.parse(made.stdout)).frame)
