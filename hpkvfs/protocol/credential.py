@@ -103,6 +103,7 @@ _PRESENTED: Final = {
     Operation.LOOK_UP: (2,),
     Operation.INSERT: (2,),
     Operation.DELETE: (2,),
+    Operation.STORE_ENTRY: (2,),
 }
 _ISSUER_SIZE: Final = 7 * SCALAR_SIZE
 _CREDENTIAL: Final = struct.Struct(">I32s32s33s")

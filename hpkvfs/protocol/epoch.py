@@ -8,7 +8,7 @@ epoch names its predecessor's digest; a pinned digest thereby pins all of the pa
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Final
 
 from hpkvfs.protocol.credential import PARAMETERS_SIZE, IssuerParameters
@@ -21,7 +21,7 @@ DIGEST_SIZE: Final = 32
 NO_EPOCH: Final = bytes(DIGEST_SIZE)
 """What the first epoch names as its predecessor."""
 
-_HEADER: Final = struct.Struct(">4sBIIII32s")
+_HEADER: Final = struct.Struct(">4sBIIIIIH32s")
 _MAGIC: Final = b"hpke"
 EPOCH_SIZE: Final = _HEADER.size + PARAMETERS_SIZE
 
@@ -52,13 +52,12 @@ class EpochParameters:
         object.__setattr__(self, "digest", parameters_digest(encoded))
 
     def _header(self) -> bytes:
-        tariff = self.tariff
-        prices = tariff.look_up, tariff.insert, tariff.refund
-        return _HEADER.pack(_MAGIC, VERSION, self.number, *prices, self.previous)
+        tariff = astuple(self.tariff)
+        return _HEADER.pack(_MAGIC, VERSION, self.number, *tariff, self.previous)
 
     def encode(self) -> bytes:
-        """EPOCH_SIZE bytes: magic "hpke", version, then u32 number and three u32 prices (look-up,
-        insert, refund), previous, issuer."""
+        """EPOCH_SIZE bytes: magic "hpke", version, u32 number, four u32 prices (look-up, insert,
+        refund, entry), u16 hours that an entry stays open, previous, issuer."""
         return self.encoded
 
     @classmethod
@@ -66,11 +65,11 @@ class EpochParameters:
         """Inverse of encode; Malformed for anything else. Call verify() before use."""
         if len(encoded) != EPOCH_SIZE:
             raise Malformed(f"epoch parameters have {EPOCH_SIZE} bytes, not {len(encoded)}")
-        magic, version, number, *prices, previous = _HEADER.unpack_from(encoded)
+        magic, version, number, *tariff_fields, previous = _HEADER.unpack_from(encoded)
         if (magic, version) != (_MAGIC, VERSION):
             raise Malformed("not the parameters of an epoch in this version")
         try:
-            tariff = Tariff(*prices)
+            tariff = Tariff(*tariff_fields)
         except ValueError as error:
             raise Malformed(str(error)) from error
         issuer = IssuerParameters.decode(encoded[_HEADER.size :])

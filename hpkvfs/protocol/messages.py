@@ -6,7 +6,8 @@ A client makes a request in three steps, since the proof in it covers the rest o
     draft = prepare(parameters, request.statement(tariff), ...)
     request = replace(request, credentials=draft.request)
 
-and a deletion in four: its signature covers the credential request (`delete_digest`).
+and a deletion in four: its signature covers the credential request (`delete_digest`); so does
+that of a breakglass entry (`store_entry_digest`).
 
 One request is one purchase: it is recognised by its fingerprint, and repeating it performs
 nothing and gives the stored answer. A refusal spends nothing.
@@ -26,9 +27,9 @@ from hpkvfs.protocol.epoch import parameters_digest
 from hpkvfs.protocol.errors import Malformed
 from hpkvfs.protocol.group import tagged_hash
 from hpkvfs.protocol.identity import Identity
-from hpkvfs.protocol.tariff import Operation, Tariff
+from hpkvfs.protocol.tariff import HOURS_LIMIT, Operation, Tariff
 from hpkvfs.protocol.voucher import SECRET_SIZE, voucher_digest
-from hpkvfs.types import BLOB_SIZE
+from hpkvfs.types import BLOB_SIZE, ENTRY_SIZE
 
 KEY_SIZE: Final = 33
 DIGEST_SIZE: Final = 32
@@ -38,11 +39,16 @@ MAX_ISSUED: Final = 500
 MAX_PARAMETERS: Final = 9_000
 MAX_EPOCHS: Final = 200
 MAX_DELTA: Final = AMOUNT_LIMIT - 1
+MAX_COUNTER: Final = 2**63 - 1
+UNOPENED: Final = bytes(DIGEST_SIZE)
+"""What a request to open an entry names when it only asks which entry there is."""
 
 _digest = octets(DIGEST_SIZE)
 _credentials = octets(1, MAX_CREDENTIALS)
 _issued = octets(1, MAX_ISSUED)
 _blob = octets(BLOB_SIZE)
+_entry = octets(ENTRY_SIZE)
+_counter = integer(1, MAX_COUNTER)
 
 
 def _key(value: object) -> bytes:
@@ -59,6 +65,24 @@ def delete_digest(key: bytes, blob_digest: bytes, credential_request: bytes) -> 
     """
     request_digest = hashlib.sha256(credential_request).digest()
     return tagged_hash("hpkv/delete/v1", key + blob_digest + request_digest)
+
+
+def store_entry_digest(context: bytes, credential_request: bytes) -> bytes:
+    """The 32 bytes that a breakglass entry's key signs (BIP340) to store it.
+
+    `context` is the statement's: key, value and counter. The credential request is covered, or
+    whoever intercepts a request could pay for an older value with credentials of his own.
+    """
+    request_digest = hashlib.sha256(credential_request).digest()
+    return tagged_hash("hpkv/entry/store/v1", context + request_digest)
+
+
+def open_entry_digest(key: bytes, entry: bytes) -> bytes:
+    """The 32 bytes that a breakglass entry's key signs (BIP340) to open it.
+
+    They cover the entry's digest, or an old request could start the timer of a newer entry.
+    """
+    return tagged_hash("hpkv/entry/open/v1", key + entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +225,73 @@ class DeleteRequest(_Request):
         return Statement(self.epoch, self.operation, context, tariff.delta(self.operation))
 
 
+@dataclass(frozen=True, slots=True)
+class StoreEntryRequest(_Request):
+    """Store a breakglass entry (1,024 bytes), in place of one with a smaller counter, if any.
+
+    Of the entry in its place nothing remains, nor of its timer. See `store_entry_digest`.
+    """
+
+    operation = Operation.STORE_ENTRY
+    presented: ClassVar = 2
+    _read = codec.fields(_digest, _key, _counter, _entry, octets(SIGNATURE_SIZE), _credentials)
+
+    epoch: bytes
+    key: bytes
+    counter: int
+    value: bytes = field(repr=False)
+    signature: bytes = b""
+    credentials: bytes = field(default=b"", repr=False)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the value: the 32 bytes by which opening names this entry."""
+        return hashlib.sha256(self.value).digest()
+
+    @property
+    def signed(self) -> bytes:
+        """The 32 bytes that `signature` signs."""
+        return store_entry_digest(self._context, self.credentials)
+
+    @property
+    def _context(self) -> bytes:
+        return self.key + self.digest + self.counter.to_bytes(8, "big")
+
+    def statement(self, tariff: Tariff) -> Statement:
+        """What the proof is about."""
+        return Statement(self.epoch, self.operation, self._context, tariff.delta(self.operation))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenEntryRequest(_Request):
+    """Free: open the breakglass entry whose value has the SHA-256 `entry`.
+
+    Opening it the first time starts its timer; until that fires it can be opened again. With
+    UNOPENED for `entry` it only asks which entry there is, and starts nothing.
+    """
+
+    operation = Operation.OPEN_ENTRY
+    _read = codec.fields(_key, _digest, octets(SIGNATURE_SIZE))
+
+    key: bytes
+    entry: bytes = UNOPENED
+    signature: bytes = b""
+
+    @property
+    def signed(self) -> bytes:
+        """The 32 bytes that `signature` signs."""
+        return open_entry_digest(self.key, self.entry)
+
+
 CredentialedRequest: TypeAlias = (
-    IssueRequest | ReissueRequest | LookUpRequest | InsertRequest | DeleteRequest
+    IssueRequest
+    | ReissueRequest
+    | LookUpRequest
+    | InsertRequest
+    | DeleteRequest
+    | StoreEntryRequest
 )
-Request: TypeAlias = ParametersRequest | CredentialedRequest
+Request: TypeAlias = ParametersRequest | OpenEntryRequest | CredentialedRequest
 
 _REQUESTS: Final[dict[object, type[Request]]] = {
     kind.operation: kind
@@ -215,6 +302,8 @@ _REQUESTS: Final[dict[object, type[Request]]] = {
         LookUpRequest,
         InsertRequest,
         DeleteRequest,
+        StoreEntryRequest,
+        OpenEntryRequest,
     )
 }
 
@@ -244,6 +333,7 @@ class Outcome(IntEnum):
     ABSENT = 4
     INSERTED = 5
     DELETED = 6
+    STORED = 7
 
 
 OUTCOMES: Final = {
@@ -252,6 +342,7 @@ OUTCOMES: Final = {
     Operation.LOOK_UP: (Outcome.FOUND, Outcome.ABSENT),
     Operation.INSERT: (Outcome.INSERTED,),
     Operation.DELETE: (Outcome.DELETED,),
+    Operation.STORE_ENTRY: (Outcome.STORED,),
 }
 
 
@@ -303,6 +394,7 @@ class Reason(IntEnum):
     KEY_ABSENT = 11
     DIGEST_MISMATCH = 12
     BAD_SIGNATURE = 13
+    OLD_COUNTER = 14
 
 
 def _fact(value: object) -> Fact:
@@ -419,10 +511,33 @@ class Spent:
         return _reply(self._kind, facts)
 
 
-Reply: TypeAlias = Refused | Parameters | Done | Spent
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A breakglass entry: its counter, the SHA-256 of its value, and the value if it was opened.
+
+    `hours`: for how long it can still be opened, in whole hours, rounded up; None while no
+    timer runs.
+    """
+
+    _kind: ClassVar = 4
+    _read: ClassVar = codec.fields(
+        _counter, _digest, optional(_entry), optional(integer(0, HOURS_LIMIT + 1))
+    )
+
+    counter: int
+    digest: bytes
+    value: bytes | None = field(default=None, repr=False)
+    hours: int | None = None
+
+    def encode(self) -> bytes:
+        """The frame to send: REPLY_SIZE bytes."""
+        return _reply(self._kind, self.counter, self.digest, self.value, self.hours)
+
+
+Reply: TypeAlias = Refused | Parameters | Done | Spent | Entry
 
 _REPLIES: Final[dict[int, type[Reply]]] = {
-    kind._kind: kind for kind in (Refused, Parameters, Done, Spent)
+    kind._kind: kind for kind in (Refused, Parameters, Done, Spent, Entry)
 }
 
 

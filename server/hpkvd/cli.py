@@ -106,14 +106,21 @@ def main() -> None:
 @click.option("--look-up", type=int, default=1, show_default=True, help="Tokens for a look-up.")
 @click.option("--insert", type=int, default=10, show_default=True, help="Tokens for a blob stored.")
 @click.option("--refund", type=int, default=8, show_default=True, help="Tokens back for deleting.")
+@click.option("--entry", type=int, show_default="as an insert",
+              help="Tokens for a breakglass entry; it has no refund.")  # fmt: skip
+@click.option("--entry-hours", type=int, default=72, show_default=True,
+              help="How long an entry can be opened after it was first opened.")  # fmt: skip
 @_failures
-def init(data: Path, look_up: int, insert: int, refund: int) -> None:
+def init(
+    data: Path, look_up: int, insert: int, refund: int, entry: int | None, entry_hours: int
+) -> None:
     """Make a data directory: settings, identity, the first epoch's keys, an empty ledger.
 
     Back up the whole directory: whoever has it can be this server, and nobody can without it.
     """
     try:
-        config = Config(tariff=Tariff(look_up, insert, refund))
+        entry = insert if entry is None else entry
+        config = Config(tariff=Tariff(look_up, insert, refund, entry, entry_hours))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     _make_empty(data)
@@ -165,14 +172,17 @@ async def _serve(
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         listeners = await _listen(host, port)
         stop = trio.Event()
-        async with ledger.serving(), trio.open_nursery() as nursery:
-            service = Service(Handler(epochs, ledger).answer, config.limits)
-            nursery.start_soon(service.run, listeners, stop)
-            gc.freeze()  # what lives as long as the server is not worth looking at again
-            announce(_name(listeners[0]))
-            await anext(signals)
-            log.tell("stopping; the last requests are being answered")
-            stop.set()
+        handler = Handler(epochs, ledger)
+        async with ledger.serving(), trio.open_nursery() as clockwork:
+            clockwork.start_soon(handler.keep_time)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Service(handler.answer, config.limits).run, listeners, stop)
+                gc.freeze()  # what lives as long as the server is not worth looking at again
+                announce(_name(listeners[0]))
+                await anext(signals)
+                log.tell("stopping; the last requests are being answered")
+                stop.set()
+            clockwork.cancel_scope.cancel()
     log.tell("stopped")
 
 
@@ -265,6 +275,7 @@ def _report(epochs: Epochs, totals: Totals) -> dict[str, Any]:
         "tariff": asdict(newest.tariff),
         "blobs": totals.blobs,
         "bytes": totals.blobs * BLOB_SIZE,
+        "entries": totals.entries,
         "requests": totals.requests,
         "serials": totals.serials,
         "tokens": {
@@ -283,8 +294,10 @@ def _text(report: dict[str, Any]) -> str:
     rows = {
         "epoch": f"{epoch['number']} ({epoch['digest'][:16]})",
         "tariff": f"look-up {tariff['look_up']}, insert {tariff['insert']},"
-        f" refund {tariff['refund']}",
+        f" refund {tariff['refund']}, breakglass entry {tariff['entry']}"
+        f" ({tariff['entry_hours']} hours)",
         "blobs": f"{report['blobs']:,} ({report['bytes']:,} bytes)",
+        "breakglass entries": f"{report['entries']:,}",
         "requests": f"{report['requests']:,}",
         "spent serials": f"{report['serials']:,}",
         "tokens issued": f"{tokens['issued']:,}",
@@ -293,4 +306,4 @@ def _text(report: dict[str, Any]) -> str:
         "outstanding": f"{tokens['outstanding']:,}",
         "unspent vouchers": f"{unspent['unspent']:,} ({unspent['tokens']:,} tokens)",
     }
-    return "\n".join(f"{name:<18}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:<20}{value}" for name, value in rows.items())

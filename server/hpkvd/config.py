@@ -33,6 +33,8 @@ reserve_mib = {reserve_mib}
 look_up = {look_up}
 insert = {insert}
 refund = {refund}
+entry = {entry}              # a breakglass entry; a byte of it at least 10 times that of a blob
+entry_hours = {entry_hours}       # how long it can be opened after it was first opened
 
 [limits]
 connections = {connections}      # at a time

@@ -11,6 +11,13 @@ as the ledger knows it; never from the request.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+import trio
+
 from hpkvd.epochs import Epoch, Epochs
 from hpkvd.ledger import (
     Change,
@@ -21,8 +28,10 @@ from hpkvd.ledger import (
     LedgerBusy,
     LedgerError,
     LedgerFull,
+    Opening,
     Read,
     Redeem,
+    StoreEntry,
     Transaction,
     Verdict,
 )
@@ -31,13 +40,16 @@ from hpkvfs.protocol.credential import CredentialRequest, parse
 from hpkvfs.protocol.errors import BadProof, Malformed
 from hpkvfs.protocol.group import verify_signature
 from hpkvfs.protocol.messages import (
+    UNOPENED,
     CredentialedRequest,
     DeleteRequest,
     Done,
+    Entry,
     Fact,
     InsertRequest,
     IssueRequest,
     LookUpRequest,
+    OpenEntryRequest,
     Outcome,
     ParametersRequest,
     Reason,
@@ -46,17 +58,25 @@ from hpkvfs.protocol.messages import (
     Reply,
     Request,
     Spent,
+    StoreEntryRequest,
     decode_request,
 )
+from hpkvfs.protocol.tariff import Tariff
 from hpkvfs.protocol.voucher import voucher_digest
+
+SECONDS_PER_HOUR: Final = 3_600
 
 
 class Handler:
     """Answers requests out of the epochs in use and the ledger."""
 
-    def __init__(self, epochs: Epochs, ledger: Ledger) -> None:
+    def __init__(
+        self, epochs: Epochs, ledger: Ledger, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`clock`: seconds since 1970; breakglass entries have timers, nothing else has a time."""
         self._epochs = epochs
         self._ledger = ledger
+        self._clock = clock
         self._complaints = Complaints()
 
     async def answer(self, frame: bytes) -> bytes:
@@ -84,6 +104,8 @@ class Handler:
     async def _perform(self, request: Request) -> Reply:
         if isinstance(request, ParametersRequest):
             return self._parameters(request)
+        if isinstance(request, OpenEntryRequest):
+            return await self._open_entry(request)
         epoch = self._epochs.find(request.epoch)
         if epoch is None:
             return Refused(Reason.UNKNOWN_EPOCH)
@@ -98,7 +120,7 @@ class Handler:
     async def _purchase(
         self, epoch: Epoch, request: CredentialedRequest, credentials: CredentialRequest
     ) -> Reply:
-        fingerprint, change = request.fingerprint, _change(request)
+        fingerprint, change = request.fingerprint, self._change(request, epoch.tariff)
         known = await self._ledger.recall(fingerprint, credentials.serials)
         if known is not None:
             return await self._recalled(request, fingerprint, known)
@@ -120,6 +142,52 @@ class Handler:
         if isinstance(verdict, Known):
             return await self._recalled(request, fingerprint, verdict)
         return verdict
+
+    async def _open_entry(self, request: OpenEntryRequest) -> Reply:
+        """Free, so whoever has not paid for an entry gets no further than one read."""
+        now = self.hour
+        stored = await self._ledger.entry(request.key, now)
+        if stored is None:
+            return Refused(Reason.KEY_ABSENT)
+        if request.entry not in (UNOPENED, stored.digest):
+            return Refused(Reason.DIGEST_MISMATCH)
+        if not verify_signature(request.key, request.signed, request.signature):
+            return Refused(Reason.BAD_SIGNATURE)
+        if request.entry == UNOPENED:
+            left = None if stored.gone_at is None else stored.gone_at - now
+            return Entry(stored.counter, stored.digest, None, left)
+        opened = await self._ledger.open_entry(Opening(request.key, request.entry, now))
+        if opened is None or opened.gone_at is None:
+            return Refused(Reason.DIGEST_MISMATCH)  # replaced meanwhile
+        return Entry(opened.counter, opened.digest, opened.value, opened.gone_at - now)
+
+    @property
+    def hour(self) -> int:
+        """The time, as coarse as timers need it: whole hours since 1970."""
+        return int(self._clock()) // SECONDS_PER_HOUR
+
+    async def keep_time(self) -> None:
+        """Once an hour, delete the entries whose timers have fired; until cancelled."""
+        while True:
+            with suppress(LedgerError):
+                await self._ledger.drop_entries(self.hour)
+            await trio.sleep(SECONDS_PER_HOUR)
+
+    def _change(self, request: CredentialedRequest, tariff: Tariff) -> Change:
+        match request:
+            case IssueRequest():
+                return Redeem(voucher_digest(request.voucher), request.amount)
+            case LookUpRequest():
+                return Read(request.key)
+            case InsertRequest():
+                return Insert(request.key, request.digest, request.blob)
+            case DeleteRequest():
+                return Delete(request.key, request.digest)
+            case StoreEntryRequest(_, key, counter, value):
+                hours = tariff.entry_hours
+                return StoreEntry(key, counter, request.digest, value, hours, self.hour)
+            case ReissueRequest():
+                return None
 
     async def _recalled(
         self, request: CredentialedRequest, fingerprint: bytes, known: Known
@@ -148,22 +216,8 @@ def _free_credentials(
     return Done(fact, epoch.issuer.issue(statement, credentials))
 
 
-def _change(request: CredentialedRequest) -> Change:
-    match request:
-        case IssueRequest():
-            return Redeem(voucher_digest(request.voucher), request.amount)
-        case LookUpRequest():
-            return Read(request.key)
-        case InsertRequest():
-            return Insert(request.key, request.digest, request.blob)
-        case DeleteRequest():
-            return Delete(request.key, request.digest)
-        case ReissueRequest():
-            return None
-
-
 def _signature_refusal(request: CredentialedRequest) -> Reason | None:
-    if not isinstance(request, DeleteRequest):
+    if not isinstance(request, DeleteRequest | StoreEntryRequest):
         return None
     signed = verify_signature(request.key, request.signed, request.signature)
     return None if signed else Reason.BAD_SIGNATURE

@@ -16,10 +16,12 @@ from hpkvfs.protocol.messages import (
     OUTCOMES,
     DeleteRequest,
     Done,
+    Entry,
     Fact,
     InsertRequest,
     IssueRequest,
     LookUpRequest,
+    OpenEntryRequest,
     Outcome,
     Parameters,
     ParametersRequest,
@@ -30,12 +32,13 @@ from hpkvfs.protocol.messages import (
     Request,
     Spent,
     StoredFact,
+    StoreEntryRequest,
     decode_reply,
     decode_request,
     delete_digest,
 )
-from hpkvfs.protocol.tariff import Operation, Tariff
-from hpkvfs.types import BLOB_SIZE
+from hpkvfs.protocol.tariff import HOURS_LIMIT, Operation, Tariff
+from hpkvfs.types import BLOB_SIZE, ENTRY_SIZE
 
 
 def exactly(size: int) -> st.SearchStrategy[bytes]:
@@ -44,6 +47,8 @@ def exactly(size: int) -> st.SearchStrategy[bytes]:
 
 digests = exactly(32)
 keys = st.builds(lambda sign, x: sign + x, st.sampled_from([b"\2", b"\3"]), digests)
+entries = st.integers(0, 255).map(lambda byte: bytes([byte]) * ENTRY_SIZE)
+counters = st.integers(1, messages.MAX_COUNTER)
 blobs = st.integers(0, 255).map(lambda byte: bytes([byte]) * BLOB_SIZE)
 credentials = st.integers(1, messages.MAX_CREDENTIALS).map(lambda size: b"c" * size)
 issued = st.integers(1, messages.MAX_ISSUED).map(lambda size: b"i" * size)
@@ -55,8 +60,13 @@ paid: st.SearchStrategy[Any] = st.one_of(
     st.builds(LookUpRequest, digests, keys, credentials),
     st.builds(InsertRequest, digests, keys, blobs, credentials),
     st.builds(DeleteRequest, digests, keys, digests, exactly(64), credentials),
+    st.builds(StoreEntryRequest, digests, keys, counters, entries, exactly(64), credentials),
 )
-requests: st.SearchStrategy[Any] = st.builds(ParametersRequest, st.none() | digests) | paid
+requests: st.SearchStrategy[Any] = (
+    st.builds(ParametersRequest, st.none() | digests)
+    | st.builds(OpenEntryRequest, keys, digests, exactly(64))
+    | paid
+)
 
 facts = st.sampled_from(
     [(operation, outcome) for operation, outcomes in OUTCOMES.items() for outcome in outcomes]
@@ -72,6 +82,9 @@ replies: st.SearchStrategy[Any] = st.one_of(
     ),
     st.builds(Done, facts, issued, st.none()),
     st.builds(Done, st.just(Fact(Operation.LOOK_UP, Outcome.FOUND, -1)), issued, blobs),
+    st.builds(
+        Entry, counters, digests, st.none() | entries, st.none() | st.integers(0, HOURS_LIMIT + 1)
+    ),
     st.builds(
         Spent,
         st.lists(st.builds(StoredFact, digests, facts, issued), min_size=1, max_size=2).map(tuple),
@@ -140,6 +153,7 @@ def test_the_request_that_the_next_test_breaks_is_sound() -> None:
     [
         {"kind": 6},
         {"kind": 7},
+        {"kind": 8},
         {"kind": 255},
         {"kind": -1},
         {"kind": True},
@@ -179,9 +193,15 @@ def test_a_voucher_is_worth_at_least_one_token(amount: object) -> None:
     [
         [],
         [4],
+        [5],
         [0],
         [0, 0],
-        [0, 14],
+        [0, 15],
+        [4, 0, bytes(32), None, None],
+        [4, 1, bytes(31), None, None],
+        [4, 1, bytes(32), bytes(1_023), None],
+        [4, 1, bytes(32), None, -1],
+        [4, 1, bytes(32), None],
         [0, 1, 1],
         [1, b"", [bytes(32)]],
         [1, b"p", []],
@@ -224,12 +244,13 @@ def test_the_proof_covers_every_field_but_itself(first: Any, second: Any) -> Non
 
 @given(request=paid)
 def test_the_delta_is_the_operations(request: Any) -> None:
-    tariff = Tariff(look_up=3, insert=70, refund=50)
+    tariff = Tariff(look_up=3, insert=70, refund=50, entry=45)
     expected = {
         Operation.REISSUE: 0,
         Operation.LOOK_UP: -3,
         Operation.INSERT: -70,
         Operation.DELETE: 50,
+        Operation.STORE_ENTRY: -45,
     }
     delta = request.statement(tariff).delta
     assert delta == expected.get(request.operation, getattr(request, "amount", None))
@@ -253,8 +274,23 @@ def test_a_deletion_signs_key_blob_and_credential_request() -> None:
     )
 
 
+def test_storing_an_entry_signs_key_value_counter_and_credential_request() -> None:
+    tag = hashlib.sha256(b"hpkv/entry/store/v1").digest()
+    key, value = b"\3" + b"k" * 32, b"v" * ENTRY_SIZE
+    covered = key + hashlib.sha256(value).digest() + bytes(7) + b"\5"
+    covered += hashlib.sha256(b"request").digest()
+    request = StoreEntryRequest(bytes(32), key, 5, value, b"", b"request")
+    assert request.signed == hashlib.sha256(tag + tag + covered).digest()
+
+
+def test_opening_an_entry_signs_which_one() -> None:
+    tag = hashlib.sha256(b"hpkv/entry/open/v1").digest()
+    key, entry = b"\3" + b"k" * 32, b"d" * 32
+    assert OpenEntryRequest(key, entry).signed == hashlib.sha256(tag + tag + key + entry).digest()
+
+
 @given(request=paid)
 def test_no_secret_is_shown(request: Any) -> None:
     shown = repr(request)
-    for name in ("voucher", "credentials", "blob"):
+    for name in ("voucher", "credentials", "blob", "value"):
         assert f"{name}=" not in shown

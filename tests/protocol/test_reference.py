@@ -155,7 +155,8 @@ def test_parameters_are_as_documented(known: Known) -> None:
         entry = mul(pow(known.y + d, -1, N), G)
         assert encoded[66 + 33 * d : 99 + 33 * d] == enc(entry)
     tag = hashlib.sha256(b"hpkv/epoch/v1").digest()
-    header = b"hpke\1" + b"".join(v.to_bytes(4, "big") for v in (0, 1, 10, 8)) + bytes(32)
+    header = b"hpke\1" + b"".join(v.to_bytes(4, "big") for v in (0, 1, 10, 8, 10))
+    header += (72).to_bytes(2, "big") + bytes(32)
     assert known.statement[0][1] == hashlib.sha256(tag + tag + header + encoded).digest()
     assert epoch().encode() == header + encoded
 

@@ -24,22 +24,25 @@ from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.group import SigningKey
 from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.messages import (
+    UNOPENED,
     CredentialedRequest,
     DeleteRequest,
     Done,
     InsertRequest,
     IssueRequest,
     LookUpRequest,
+    OpenEntryRequest,
     Parameters,
     ParametersRequest,
     ReissueRequest,
     Reply,
     Request,
+    StoreEntryRequest,
     decode_reply,
 )
 from hpkvfs.protocol.tariff import Tariff
 from hpkvfs.protocol.voucher import Voucher
-from hpkvfs.types import BLOB_SIZE
+from hpkvfs.types import BLOB_SIZE, ENTRY_SIZE
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +53,10 @@ def new_blob() -> bytes:
 
 def new_key() -> SigningKey:
     return SigningKey(os.urandom(32))
+
+
+def new_value() -> bytes:
+    return os.urandom(ENTRY_SIZE)
 
 
 @cache
@@ -128,11 +135,36 @@ class Purse:
         purchase.request = replace(purchase.request, signature=signature)
         return purchase
 
+    def store_entry(self, key: SigningKey, counter: int, value: bytes) -> Purchase:
+        purchase = self.buy(StoreEntryRequest(self.epoch, key.public, counter, value))
+        signature = key.sign(purchase.request.signed)
+        purchase.request = replace(purchase.request, signature=signature)
+        return purchase
+
     def settle(self, purchase: Purchase, reply: Reply) -> Done:
         """Hold what was issued."""
         self.held += purchase.finish(reply)
         assert isinstance(reply, Done)
         return reply
+
+
+def open_entry(key: SigningKey, entry: bytes = UNOPENED) -> OpenEntryRequest:
+    """A signed request to open an entry, or to ask which there is."""
+    request = OpenEntryRequest(key.public, entry)
+    return replace(request, signature=key.sign(request.signed))
+
+
+@dataclass
+class Clock:
+    """A clock that stands still unless it is moved."""
+
+    seconds: float = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def pass_hours(self, hours: float) -> None:
+        self.seconds += 3_600 * hours
 
 
 @dataclass
@@ -141,6 +173,7 @@ class LocalServer:
 
     handler: Handler
     ledger: SqliteLedger
+    clock: Clock
 
     async def ask(self, request: Request | bytes) -> Reply:
         frame = request if isinstance(request, bytes) else request.encode()
@@ -176,7 +209,9 @@ async def local_server(path: Path, *, reserve: int = 0) -> AsyncIterator[LocalSe
     ledger = SqliteLedger(path, reserve=reserve)
     try:
         async with ledger.serving():
-            yield LocalServer(Handler(Epochs([epoch()], identity()), ledger), ledger)
+            clock = Clock()
+            handler = Handler(Epochs([epoch()], identity()), ledger, clock)
+            yield LocalServer(handler, ledger, clock)
     finally:
         ledger.close()
 

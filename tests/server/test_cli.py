@@ -53,15 +53,22 @@ def test_init_never_overwrites(data: Path) -> None:
 
 def test_the_settings_written_are_the_defaults(data: Path) -> None:
     assert config.load(data) == Config()
-    assert (Config().tariff, Config().listen) == (Tariff(1, 10, 8), "127.0.0.1:7387")
+    assert (Config().tariff, Config().listen) == (Tariff(1, 10, 8, 10, 72), "127.0.0.1:7387")
 
 
 def test_prices_are_chosen_at_the_start(tmp_path: Path) -> None:
     where = str(tmp_path / "data")
     arguments = ("init", "--data", where, "--look-up", "2", "--insert", "30", "--refund", "20")
-    assert run(*arguments).exit_code == 0
+    assert run(*arguments, "--entry-hours", "5").exit_code == 0
     status = json.loads(run("status", "--json", "--data", where).output)
-    assert status["tariff"] == {"look_up": 2, "insert": 30, "refund": 20}
+    tariff = {"look_up": 2, "insert": 30, "refund": 20, "entry": 30, "entry_hours": 5}
+    assert status["tariff"] == tariff
+
+
+def test_cheap_entries_are_a_wrong_command_line(tmp_path: Path) -> None:
+    result = run("init", "--data", str(tmp_path / "data"), "--entry", "6")
+    assert result.exit_code == 2
+    assert "breakglass" in result.output
 
 
 def test_a_refund_above_the_price_is_a_wrong_command_line(tmp_path: Path) -> None:

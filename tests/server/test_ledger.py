@@ -27,8 +27,10 @@ from hpkvd.ledger import (
     LedgerBusy,
     LedgerError,
     LedgerFull,
+    Opening,
     Read,
     Redeem,
+    StoreEntry,
     Totals,
     Transaction,
     Verdict,
@@ -37,13 +39,14 @@ from hpkvd.ledger.sqlite import SCHEMA_VERSION, SqliteLedger
 from hpkvfs.protocol.messages import Done, Fact, Outcome, Reason, Refused
 from hpkvfs.protocol.tariff import Operation, Tariff
 from hpkvfs.protocol.voucher import Voucher
-from hpkvfs.types import BLOB_SIZE
+from hpkvfs.types import BLOB_SIZE, ENTRY_SIZE
 
 TARIFF = Tariff()
 VOUCHER = Voucher(1_000_000, b"v" * 20)
 FLOAT = 100_000
 OPERATIONS: dict[type[object], Operation] = {
     Read: Operation.LOOK_UP,
+    StoreEntry: Operation.STORE_ENTRY,
     Insert: Operation.INSERT,
     Delete: Operation.DELETE,
     Redeem: Operation.ISSUE,
@@ -69,6 +72,15 @@ def insert(text: str) -> Insert:
 
 def delete(text: str) -> Delete:
     return Delete(key(text), insert(text).digest)
+
+
+def entry(text: str, counter: int, now: int = 0) -> StoreEntry:
+    value = name(text) * (ENTRY_SIZE // 32)
+    return StoreEntry(key("entry"), counter, hashlib.sha256(value).digest(), value, 72, now)
+
+
+def opening(stored: StoreEntry, now: int) -> Opening:
+    return Opening(stored.key, stored.digest, now)
 
 
 def transaction(what: str, change: Change, *serials: str) -> Transaction:
@@ -192,6 +204,78 @@ async def test_a_refused_transaction_spends_nothing(
     assert isinstance(await funded.apply(transaction("b", None, "s3", "s4")), Done)
 
 
+async def test_an_entry_can_be_opened_until_its_timer_fires_and_is_gone_then(
+    funded: SqliteLedger,
+) -> None:
+    one = entry("one", 1)
+    assert outcome(await funded.apply(transaction("a", one, "s1", "s2"))) is Outcome.STORED
+    assert funded.totals().entries == 1
+    asked = await funded.entry(one.key, 900)
+    assert asked is not None and asked.gone_at is None  # asking starts nothing
+    opened = await funded.open_entry(opening(one, 1_000))
+    assert opened is not None
+    assert (opened.counter, opened.value, opened.gone_at) == (1, one.value, 1_073)
+    assert await funded.open_entry(opening(one, 1_072)) == opened
+    await funded.drop_entries(1_072)
+    assert await funded.entry(one.key, 1_072) == opened
+    assert await funded.open_entry(opening(one, 1_073)) is None
+    assert await funded.entry(one.key, 1_073) is None
+    await funded.drop_entries(1_073)
+    assert funded.totals().entries == 0
+
+
+async def test_an_entry_replaced_has_no_timer_and_cannot_be_opened_as_the_old_one(
+    funded: SqliteLedger,
+) -> None:
+    old, new = entry("old", 1), entry("new", 2, now=1_000)
+    await funded.apply(transaction("a", old, "s1", "s2"))
+    assert await funded.open_entry(opening(old, 1_000)) is not None
+    assert outcome(await funded.apply(transaction("b", new, "s3", "s4"))) is Outcome.STORED
+    assert await funded.open_entry(opening(old, 1_000)) is None
+    stored = await funded.entry(new.key, 9_999)
+    assert stored is not None and (stored.value, stored.gone_at) == (new.value, None)
+    assert funded.totals().entries == 1
+
+
+async def test_the_first_opening_is_durable(path: Path) -> None:
+    one = entry("one", 1)
+    async with opened(path) as ledger:
+        ledger.add_vouchers([VOUCHER])
+        await ledger.apply(sale())
+        await ledger.apply(transaction("a", one, "s1", "s2"))
+        await ledger.open_entry(opening(one, 10))
+    async with opened(path) as ledger:
+        stored = await ledger.entry(one.key, 10)
+        assert stored is not None and stored.gone_at == 83
+
+
+@pytest.mark.parametrize("counter", [1, 2])
+async def test_a_counter_that_does_not_grow_is_refused(funded: SqliteLedger, counter: int) -> None:
+    await funded.apply(transaction("a", entry("new", 2), "s1", "s2"))
+    before = funded.totals()
+    late = entry("old", counter)
+    assert await funded.refusal(late) is Reason.OLD_COUNTER
+    assert outcome(await funded.apply(transaction("b", late, "s3", "s4"))) is Reason.OLD_COUNTER
+    assert funded.totals() == before
+
+
+async def test_an_entry_that_is_gone_is_replaced_whatever_its_counter(
+    funded: SqliteLedger,
+) -> None:
+    await funded.apply(transaction("a", entry("old", 9), "s1", "s2"))
+    await funded.open_entry(opening(entry("old", 9), 0))
+    again = transaction("b", entry("new", 1, now=73), "s3", "s4")
+    assert outcome(await funded.apply(again)) is Outcome.STORED
+
+
+async def test_a_ledger_without_room_for_entries_is_given_it(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript("DROP TABLE entry; PRAGMA user_version = 1;")
+    connection.close()
+    async with opened(path) as ledger:
+        assert ledger.totals().entries == 0
+
+
 async def test_of_transactions_that_race_one_is_performed(funded: SqliteLedger) -> None:
     verdicts: list[Verdict] = []
 
@@ -260,6 +344,7 @@ async def test_the_books_are_those_of_what_happened(funded: SqliteLedger) -> Non
         requests=5,
         serials=8,
         blobs=0,
+        entries=0,
         vouchers=1,
         voucher_amount=7,
     )
@@ -454,6 +539,7 @@ async def test_a_commit_that_fails_spends_nothing(funded: SqliteLedger, path: Pa
 async def test_insertions_leave_the_last_of_the_disk_to_the_others(path: Path) -> None:
     ledger = SqliteLedger(path, reserve=2**62)
     assert await ledger.refusal(insert("x")) is Reason.FULL
+    assert await ledger.refusal(entry("x", 1)) is Reason.FULL
     assert await ledger.refusal(Read(key("x"))) is None
     ledger.close()
 
@@ -486,7 +572,7 @@ async def test_the_order_of_rows_is_not_the_order_of_arrival(funded: SqliteLedge
 
 async def test_no_record_joins_a_key_to_a_serial(funded: SqliteLedger) -> None:
     """What a seized disk tells: the tables have no column in common but the fingerprint."""
-    tables = ("request", "serial", "blob", "voucher")
+    tables = ("request", "serial", "blob", "voucher", "entry")
     columns = {
         table: {row[1] for row in funded._read.execute(f"PRAGMA table_info({table})")}
         for table in tables
@@ -494,6 +580,9 @@ async def test_no_record_joins_a_key_to_a_serial(funded: SqliteLedger) -> None:
     assert columns["blob"] == {"id", "key", "digest", "blob"}
     assert columns["serial"] == {"serial", "fingerprint"}
     assert columns["voucher"] == {"digest", "amount", "spent"}
+    assert columns["entry"] == {
+        "key", "epoch", "counter", "digest", "value", "hours", "gone_at",
+    }  # fmt: skip
     assert columns["request"] == {
         "fingerprint", "epoch", "operation", "outcome", "delta", "issued",
     }  # fmt: skip

@@ -11,7 +11,7 @@ happens as a whole, once, and durably before anybody hears of it. Therefore:
 
 The ledger is the only judge: whatever a handler saw before is checked again inside the
 transaction. No record holds a time, and none that outlives a request holds both a serial and a
-storage key.
+storage key. (Except that a breakglass entry which was opened has the hour at which it goes.)
 """
 
 from __future__ import annotations
@@ -69,7 +69,23 @@ class Redeem:
     amount: int
 
 
-Change: TypeAlias = Read | Insert | Delete | Redeem | None
+@dataclass(frozen=True, slots=True)
+class StoreEntry:
+    """Store a breakglass entry, unless the one under its key has a counter that is not smaller.
+
+    `hours`: how long it can be opened once it was opened. `now`, in hours since some fixed time,
+    tells whether the one in its place is gone.
+    """
+
+    key: bytes
+    counter: int
+    digest: bytes
+    value: bytes = field(repr=False)
+    hours: int
+    now: int
+
+
+Change: TypeAlias = Read | Insert | Delete | Redeem | StoreEntry | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +108,25 @@ class Known:
     facts: tuple[StoredFact, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StoredEntry:
+    """A breakglass entry; `gone_at` is the hour from which on it is not there any more."""
+
+    counter: int
+    digest: bytes
+    value: bytes = field(repr=False)
+    gone_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Open the entry under a key if it has this digest; start its timer if none runs."""
+
+    key: bytes
+    digest: bytes
+    now: int
+
+
 Verdict: TypeAlias = Done | Refused | Known
 
 
@@ -106,6 +141,7 @@ class Totals:
     requests: int
     serials: int
     blobs: int
+    entries: int
     vouchers: int
     voucher_amount: int
 
@@ -130,6 +166,18 @@ class Ledger(Protocol):
 
         It is performed also when the caller is cancelled while waiting.
         """
+        ...
+
+    async def entry(self, key: bytes, now: int) -> StoredEntry | None:
+        """The breakglass entry under a key, unless its timer has fired."""
+        ...
+
+    async def open_entry(self, opening: Opening) -> StoredEntry | None:
+        """The entry with its timer running, durably; None if it is not there or another."""
+        ...
+
+    async def drop_entries(self, now: int) -> None:
+        """Delete what is gone by now from the disk too."""
         ...
 
 

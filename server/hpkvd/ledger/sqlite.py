@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import trio
 
@@ -37,8 +37,11 @@ from hpkvd.ledger import (
     LedgerBusy,
     LedgerError,
     LedgerFull,
+    Opening,
     Read,
     Redeem,
+    StoredEntry,
+    StoreEntry,
     Totals,
     Transaction,
     Verdict,
@@ -49,7 +52,7 @@ from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 
 APPLICATION: Final = int.from_bytes(b"hpkv", "big")
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 BATCH: Final = 64
 LOCK_SECONDS: Final = 5.0
 RESERVE: Final = 64 * 2**20
@@ -92,6 +95,18 @@ CREATE TABLE books (
 );
 INSERT INTO books VALUES (0, 0, 0, 0, 0, 0, 0, 0);
 """
+# Since schema 2.
+ENTRIES: Final = """
+CREATE TABLE entry (
+    key         BLOB PRIMARY KEY,   -- of a breakglass entry
+    epoch       INTEGER NOT NULL,   -- number of the epoch it was paid in
+    counter     INTEGER NOT NULL,   -- greater than that of whatever it replaced
+    digest      BLOB NOT NULL,      -- SHA-256 of the value
+    value       BLOB NOT NULL,
+    hours       INTEGER NOT NULL,   -- how long it can be opened once it was opened
+    gone_at     INTEGER             -- the hour from which on it is gone; NULL: never opened
+) WITHOUT ROWID;
+"""
 
 _RECALL: Final = """
 SELECT fingerprint, operation, outcome, delta, issued FROM request
@@ -101,8 +116,20 @@ _BOOKS: Final = """
 UPDATE books SET issued = issued + ?, charged = charged + ?, refunded = refunded + ?,
     outstanding = outstanding + ?, requests = requests + ?, serials = serials + ?, blobs = blobs + ?
 """
+_STORE_ENTRY: Final = """
+INSERT INTO entry (key, epoch, counter, digest, value, hours) VALUES (?, ?, ?, ?, ?, ?)
+"""
+_ENTRY: Final = """
+SELECT counter, digest, value, gone_at FROM entry
+WHERE key = ? AND (gone_at IS NULL OR gone_at > ?)
+"""
+# It stays open for `hours` whole hours and what is left of the one in which it was opened.
+_START_TIMER: Final = """
+UPDATE entry SET gone_at = ? + hours + 1 WHERE key = ? AND digest = ? AND gone_at IS NULL
+"""
 _TOTALS: Final = """
 SELECT issued, charged, refunded, outstanding, requests, serials, blobs,
+    (SELECT count(*) FROM entry),
     (SELECT count(*) FROM voucher WHERE spent = 0),
     (SELECT coalesce(sum(amount), 0) FROM voucher WHERE spent = 0)
 FROM books
@@ -110,7 +137,7 @@ FROM books
 
 
 @dataclass(slots=True)
-class _Entry:
+class _Posting:
     """What a batch adds to the books; the fields are the parameters of _BOOKS, in order."""
 
     issued: int = 0
@@ -136,15 +163,26 @@ class _Entry:
         self.blobs -= isinstance(transaction.change, Delete)
 
 
+@dataclass(frozen=True, slots=True)
+class _Drop:
+    """Delete the entries that are gone at this hour."""
+
+    now: int
+
+
+_Job: TypeAlias = Transaction | Opening | _Drop
+_Result: TypeAlias = Verdict | StoredEntry | None
+
+
 @dataclass(slots=True)
 class _Waiting:
-    """A caller of apply, and what to tell him."""
+    """A caller who wants something written, and what to tell him."""
 
-    transaction: Transaction
+    job: _Job
     decided: trio.Event = field(default_factory=trio.Event)
-    result: Verdict | LedgerError | None = None
+    result: _Result | LedgerError = None
 
-    def settle(self, result: Verdict | LedgerError) -> None:
+    def settle(self, result: _Result | LedgerError) -> None:
         self.result = result
         self.decided.set()
 
@@ -164,6 +202,7 @@ class SqliteLedger:
         with _translated():
             self._write = _connect(path)
             _check_version(self._write, path)
+            _upgrade(self._write)
             self._read = _connect(path)
             self._read.execute("PRAGMA query_only = 1")
 
@@ -178,7 +217,7 @@ class SqliteLedger:
                 "PRAGMA page_size = 4096; PRAGMA auto_vacuum = INCREMENTAL;"
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
                 f"BEGIN; PRAGMA application_id = {APPLICATION};"
-                f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} COMMIT;"
+                f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} {ENTRIES} COMMIT;"
             )
             connection.close()
 
@@ -217,7 +256,7 @@ class SqliteLedger:
     async def refusal(self, change: Change) -> Reason | None:
         """Why this change would be refused at this moment; to spare a costly proof."""
         with _translated():
-            if isinstance(change, Insert) and self._free() < self._reserve:
+            if isinstance(change, Insert | StoreEntry) and self._free() < self._reserve:
                 return Reason.FULL
             return _refusal(self._read, change)
 
@@ -225,6 +264,11 @@ class SqliteLedger:
         """The blob under a key."""
         with _translated():
             return _blob(self._read, key)
+
+    async def entry(self, key: bytes, now: int) -> StoredEntry | None:
+        """The breakglass entry under a key, unless its timer has fired."""
+        with _translated():
+            return _entry(self._read, key, now)
 
     def _free(self) -> int:
         disk = os.statvfs(self._directory)
@@ -234,11 +278,30 @@ class SqliteLedger:
 
     async def apply(self, transaction: Transaction) -> Verdict:
         """Perform it unless it is known or refused; durable on return."""
-        waiting = _Waiting(transaction)
+        verdict = await self._written(transaction)
+        assert isinstance(verdict, Done | Refused | Known)
+        return verdict
+
+    async def open_entry(self, opening: Opening) -> StoredEntry | None:
+        """The entry with its timer running, durably; None if it is not there or another."""
+        stored = await self.entry(opening.key, opening.now)
+        if stored is None or stored.digest != opening.digest:
+            return None
+        if stored.gone_at is not None:
+            return stored  # opening it again writes nothing
+        opened = await self._written(opening)
+        assert opened is None or isinstance(opened, StoredEntry)
+        return opened
+
+    async def drop_entries(self, now: int) -> None:
+        """Delete what is gone by now from the disk too."""
+        await self._written(_Drop(now))
+
+    async def _written(self, job: _Job) -> _Result:
+        waiting = _Waiting(job)
         self._queue.append(waiting)
         self._wake.set()
         await waiting.decided.wait()
-        assert waiting.result is not None
         if isinstance(waiting.result, LedgerError):
             raise waiting.result
         return waiting.result
@@ -269,7 +332,7 @@ class SqliteLedger:
         try:
             with _translated():
                 await self._begin()
-                verdicts = self._apply_all(batch)
+                results = self._write_all(batch)
                 await trio.to_thread.run_sync(self._write.execute, "COMMIT")
         except LedgerError as error:
             self._complaints.complain(f"requests are refused, nothing is lost: {error}")
@@ -277,8 +340,8 @@ class SqliteLedger:
             for waiting in batch:
                 waiting.settle(error)
             return
-        for waiting, verdict in zip(batch, verdicts, strict=True):
-            waiting.settle(verdict)
+        for waiting, result in zip(batch, results, strict=True):
+            waiting.settle(result)
 
     async def _begin(self) -> None:
         """Take the write lock, letting others run while another process holds it."""
@@ -292,14 +355,26 @@ class SqliteLedger:
                     raise
             await trio.sleep(0.005)
 
-    def _apply_all(self, batch: Sequence[_Waiting]) -> list[Verdict]:
-        entry = _Entry()
-        verdicts = [self._apply(waiting.transaction, entry) for waiting in batch]
-        if entry.requests:
-            self._write.execute(_BOOKS, astuple(entry))
-        return verdicts
+    def _write_all(self, batch: Sequence[_Waiting]) -> list[_Result]:
+        posting = _Posting()
+        results = [self._write_one(waiting.job, posting) for waiting in batch]
+        if posting.requests:
+            self._write.execute(_BOOKS, astuple(posting))
+        return results
 
-    def _apply(self, transaction: Transaction, entry: _Entry) -> Verdict:
+    def _write_one(self, job: _Job, posting: _Posting) -> _Result:
+        match job:
+            case Transaction():
+                return self._apply(job, posting)
+            case Opening(key, digest, now):
+                self._write.execute(_START_TIMER, (now, key, digest))
+                stored = _entry(self._write, key, now)
+                return stored if stored is not None and stored.digest == digest else None
+            case _Drop(now):
+                self._write.execute("DELETE FROM entry WHERE gone_at <= ?", (now,))
+                return None
+
+    def _apply(self, transaction: Transaction, posting: _Posting) -> Verdict:
         known = _recall(self._write, transaction.fingerprint, transaction.serials)
         if known is not None:
             return known
@@ -309,7 +384,7 @@ class SqliteLedger:
         outcome, value = self._change(transaction)
         fact = Fact(transaction.operation, outcome, transaction.delta)
         self._record(transaction, fact)
-        entry.add(transaction)
+        posting.add(transaction)
         return Done(fact, transaction.issued, value)
 
     def _change(self, transaction: Transaction) -> tuple[Outcome, bytes | None]:
@@ -325,6 +400,11 @@ class SqliteLedger:
             case Delete(key):
                 self._write.execute("DELETE FROM blob WHERE key = ?", (key,))
                 return Outcome.DELETED, None
+            case StoreEntry(key, counter, digest, value, hours):
+                row = (key, transaction.epoch, counter, digest, value, hours)
+                self._write.execute("DELETE FROM entry WHERE key = ?", (key,))
+                self._write.execute(_STORE_ENTRY, row)
+                return Outcome.STORED, None
             case Redeem(voucher):
                 self._write.execute("UPDATE voucher SET spent = 1 WHERE digest = ?", (voucher,))
                 return Outcome.ISSUED, None
@@ -384,6 +464,12 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """Give a ledger of schema 1, which had no breakglass entries, room for them."""
+    if connection.execute("PRAGMA user_version").fetchone() == (1,):
+        connection.executescript(f"BEGIN IMMEDIATE; {ENTRIES} PRAGMA user_version = 2; COMMIT;")
+
+
 def _recall(
     connection: sqlite3.Connection, fingerprint: bytes, serials: Sequence[bytes]
 ) -> Known | None:
@@ -413,8 +499,17 @@ def _refusal(connection: sqlite3.Connection, change: Change) -> Reason | None:
             return _deletion_refusal(_digest(connection, key), digest)
         case Redeem(voucher, amount):
             return _redemption_refusal(connection, voucher, amount)
+        case StoreEntry(key, counter, now=now):
+            stored = _entry(connection, key, now)
+            newer = stored is None or counter > stored.counter
+            return None if newer else Reason.OLD_COUNTER
         case _:
             return None
+
+
+def _entry(connection: sqlite3.Connection, key: bytes, now: int) -> StoredEntry | None:
+    row = connection.execute(_ENTRY, (key, now)).fetchone()
+    return None if row is None else StoredEntry(*row)
 
 
 def _digest(connection: sqlite3.Connection, key: bytes) -> bytes | None:
