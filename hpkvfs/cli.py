@@ -7,136 +7,35 @@ terminal; a voucher may also be an argument, for those who have no one to hide i
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpkvfs import control, ui
-from hpkvfs.address import DEFAULT_SERVER, Address
+from hpkvfs import care, control, ui
+from hpkvfs.address import DEFAULT_SERVER
 from hpkvfs.errors import AlreadyInUse, HpkvError, UserError, VaultError
+from hpkvfs.settings import (
+    Commands,
+    Result,
+    Settings,
+    default_state,
+    file_path,
+    guard_memory,
+    json_option,
+    pass_settings,
+    prompt,
+    read_secret,
+    show,
+)
 
 if TYPE_CHECKING:
-    from hpkvfs.mount import Vault
     from hpkvfs.state import StateDirectory
     from hpkvfs.volume.keys import VaultKeys
-
-Result = dict[str, Any]
-
-
-class Failure(click.ClickException):
-    """One sentence, what to do, and the exit code."""
-
-    def __init__(self, error: HpkvError) -> None:
-        super().__init__(error.message)
-        self.hint = error.hint
-        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
-
-    def show(self, file: Any = None) -> None:
-        """As every other line of ours, on standard error."""
-        click.echo(f"hpkvfs: {self.message}", err=True)
-        if self.hint:
-            click.echo(f"  {self.hint}", err=True)
-
-
-class _Commands(click.Group):
-    """A group whose commands may raise errors of ours, or of the operating system."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except HpkvError as error:
-            raise Failure(error) from error
-        except BrokenPipeError:
-            _leave_quietly()
-        except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            raise Failure(HpkvError(f"{error.strerror or error}{where}")) from error
-
-
-def _leave_quietly() -> NoReturn:
-    """Nobody reads what we write any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
-
-
-@dataclass(slots=True)
-class Settings:
-    """The options that every command has."""
-
-    path: Path
-    password_file: Path | None
-    insecure_direct: bool
-    verbose: bool
-    password_fd: int | None = None
-    new_password: str | None = field(default=None, repr=False)
-
-    @property
-    def state(self) -> StateDirectory:
-        """The state directory; nothing is read yet."""
-        from hpkvfs.state import StateDirectory
-
-        return StateDirectory(self.path)
-
-    @property
-    def socket(self) -> Path:
-        """Where a mounting process listens."""
-        return self.path / "control"
-
-    def address(self, text: str) -> Address:
-        """The server; UserError when talking to it would give the user away."""
-        address = Address.parse(text)
-        address.check_private(self.insecure_direct)
-        return address
-
-    def password(self, state: StateDirectory) -> str | None:
-        """The vault's password, asked for if it has one."""
-        if not state.needs_password:
-            return None
-        if self.new_password is not None:
-            return self.new_password
-        if self.password_fd is not None:
-            with os.fdopen(self.password_fd, "rb") as pipe:
-                return pipe.read().decode()
-        if self.password_file is not None:
-            return _read_secret(self.password_file, "password")
-        return _prompt("password", "--password-file")
-
-    def open(self) -> Vault:
-        """The vault, unlocked."""
-        from hpkvfs.mount import Vault
-        from hpkvfs.net.transport import TcpDialer
-
-        _guard_memory()
-        state = self.state
-        address = self.address(state.server)
-        keys = state.unlock(self.password(state))
-        return Vault(state, keys, TcpDialer(address.host, address.port))
-
-    def perform(self, name: str, arguments: Result, doing: str) -> Result:
-        """One command, by the process that has the vault mounted, or else by this one."""
-        mounted = control.reach(self.socket)
-        if mounted is not None:
-            with mounted, ui.progress(doing) as progress:
-                return control.ask(mounted, name, arguments, progress)
-        vault = self.open()
-        from hpkvfs import mount
-
-        with ui.progress(doing) as progress:
-            return mount.run(mount.perform, vault, name, arguments, progress)
-
-
-def _default_state() -> Path:
-    import platformdirs
-
-    return platformdirs.user_state_path("hpkvfs")
 
 
 def _version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -151,13 +50,8 @@ def _version(context: click.Context, option: click.Parameter, wanted: bool) -> N
     context.exit()
 
 
-_pass_settings = click.make_pass_decorator(Settings)
-_file = click.Path(path_type=Path, dir_okay=False)
-_json = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
-
-
 @click.group(
-    cls=_Commands,
+    cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Start with:
@@ -175,7 +69,7 @@ Completion of commands and options:
     metavar="DIR",
     envvar="HPKVFS_STATE",
     type=click.Path(path_type=Path, file_okay=False),
-    default=_default_state,
+    default=default_state,
     show_default="$HPKVFS_STATE or ~/.local/state/hpkvfs",
     help="Directory of the vault's local state.",
 )
@@ -183,7 +77,7 @@ Completion of commands and options:
     "--password-file",
     metavar="FILE",
     envvar="HPKVFS_PASSWORD_FILE",
-    type=_file,
+    type=file_path,
     help="Read the local password here ($HPKVFS_PASSWORD_FILE).",
 )
 @click.option(
@@ -223,13 +117,13 @@ _server = click.option(
     "--server", metavar="HOST:PORT", default=DEFAULT_SERVER, show_default=True, help="The server."
 )
 _passphrase = click.option(
-    "--passphrase-file", metavar="FILE", type=_file, help="Read a BIP39 passphrase here."
+    "--passphrase-file", metavar="FILE", type=file_path, help="Read a BIP39 passphrase here."
 )
 _no_password = click.option(
     "--no-password", is_flag=True, help="Keep the vault's key on this disk without a password."
 )
 _voucher_file = click.option(
-    "--voucher-file", metavar="FILE", type=_file, help="Read the voucher here."
+    "--voucher-file", metavar="FILE", type=file_path, help="Read the voucher here."
 )
 
 
@@ -244,10 +138,10 @@ Examples:
 @_server
 @click.option("--words", type=click.Choice(["12", "24"]), default="12", show_default=True,
               help="How many words.")  # fmt: skip
-@click.option("--words-file", metavar="FILE", type=_file, help="Write the words here, unseen.")
+@click.option("--words-file", metavar="FILE", type=file_path, help="Write the words here, unseen.")
 @_passphrase
 @_no_password
-@_pass_settings
+@pass_settings
 def init(
     settings: Settings,
     server: str,
@@ -271,7 +165,7 @@ def init(
 
     from hpkvfs.volume.keys import VaultKeys, make_words
 
-    _guard_memory()
+    guard_memory()
     passphrase = _passphrase_in(passphrase_file)
     password = _new_password(settings, no_password)
     text = make_words(int(words), token_bytes)
@@ -307,8 +201,8 @@ Examples:
 @_server
 @_no_password
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
-@_json
-@_pass_settings
+@json_option
+@pass_settings
 @click.pass_context
 def recover(
     context: click.Context,
@@ -331,16 +225,16 @@ def recover(
     from hpkvfs.net.transport import TcpDialer
     from hpkvfs.volume.keys import VaultKeys
 
-    _guard_memory()
-    words = _read_secret(seed, "words") if seed else _prompt("words", "--seed")
+    guard_memory()
+    words = read_secret(seed, "words") if seed else prompt("words", "--seed")
     keys = VaultKeys.from_words(words, _passphrase_in(passphrase_file))
-    voucher = _read_secret(voucher_file, "voucher") if voucher_file else None
+    voucher = read_secret(voucher_file, "voucher") if voucher_file else None
     state = settings.state
     _create_or_resume(settings, state, keys, server, no_password)
     vault = mount.Vault(state, keys, TcpDialer(address.host, address.port))
     with ui.waiting("looking for the newest generation"):
         result = mount.run(mount.recover, vault, voucher)
-    _show(result, as_json, _recovered)
+    show(result, as_json, _recovered)
     if directory is not None:
         context.invoke(mount_, directory=directory)
 
@@ -385,8 +279,8 @@ Examples:
 )
 @click.argument("voucher", required=False)
 @_voucher_file
-@_json
-@_pass_settings
+@json_option
+@pass_settings
 def redeem(
     settings: Settings, voucher: str | None, voucher_file: Path | None, as_json: bool
 ) -> None:
@@ -397,16 +291,16 @@ def redeem(
     if voucher is not None and voucher_file is not None:
         raise click.UsageError("give the voucher once")
     if voucher_file is not None or voucher == "-":
-        voucher = _read_secret(voucher_file or Path("-"), "voucher")
+        voucher = read_secret(voucher_file or Path("-"), "voucher")
     if voucher is None:
-        voucher = _prompt("voucher", "--voucher-file")
+        voucher = prompt("voucher", "--voucher-file")
     result = settings.perform("redeem", {"voucher": voucher}, "redeeming")
-    _show(result, as_json, lambda r: f"{r['amount']:,} tokens redeemed; {r['held']:,} in all")
+    show(result, as_json, lambda r: f"{r['amount']:,} tokens redeemed; {r['held']:,} in all")
 
 
 @main.command(epilog="Examples: hpkvfs balance;  hpkvfs balance --json | jq .held")
-@_json
-@_pass_settings
+@json_option
+@pass_settings
 def balance(settings: Settings, as_json: bool) -> None:
     """Tell how many tokens there are.
 
@@ -414,7 +308,7 @@ def balance(settings: Settings, as_json: bool) -> None:
     server can be reached.
     """
     result = settings.perform("balance", {}, "looking")
-    _show(result, as_json, lambda r: f"{r['held']:,} tokens held, {r['pending']:,} pending")
+    show(result, as_json, lambda r: f"{r['held']:,} tokens held, {r['pending']:,} pending")
 
 
 # -- mounting --------------------------------------------------------------------------------
@@ -443,7 +337,7 @@ Examples:
               show_default=True, help="Seconds until a read gives up on the server.")  # fmt: skip
 @click.option("--ready-fd", type=int, hidden=True)
 @click.option("--password-fd", type=int, hidden=True)
-@_pass_settings
+@pass_settings
 def mount_(
     settings: Settings,
     directory: Path,
@@ -547,7 +441,7 @@ Examples:
 )
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Also when programs use it.")
-@_pass_settings
+@pass_settings
 def umount(settings: Settings, directory: Path | None, force: bool) -> None:
     """Publish what is left, and unmount the vault.
 
@@ -589,61 +483,12 @@ def _check_mounted_on(settings: Settings, directory: Path) -> None:
 
 
 @main.command(epilog="Examples: hpkvfs sync;  hpkvfs sync && rsync -a ~/vault/ /mnt/copy/")
-@_json
-@_pass_settings
+@json_option
+@pass_settings
 def sync(settings: Settings, as_json: bool) -> None:
     """Publish all changes so far, and return when they are at the server."""
     result = settings.perform("sync", {}, "publishing")
-    _show(result, as_json, lambda r: f"generation {r['generation']} is at the server")
-
-
-# -- looking after it ------------------------------------------------------------------------
-
-
-@main.command(epilog="Examples: hpkvfs status;  hpkvfs status --json | jq .unpublished_bytes")
-@_json
-@_pass_settings
-def status(settings: Settings, as_json: bool) -> None:
-    """Tell what the vault holds, what it costs, and how it is."""
-    result = settings.perform("status", {}, "looking")
-    server = str(json.loads((settings.path / "vault").read_text())["server"])
-    result = {"state": str(settings.path), "server": server, "mounted": None, **result}
-    _show(result, as_json, lambda r: ui.status(r, str(settings.path), server))
-
-
-@main.command(epilog="Examples: hpkvfs gc;  hpkvfs gc --json | jq .gained")
-@_json
-@_pass_settings
-def gc(settings: Settings, as_json: bool) -> None:
-    """Delete what is no longer needed at the server, for tokens."""
-    result = settings.perform("gc", {}, "deleting")
-    _show(
-        result,
-        as_json,
-        lambda r: f"{r['deleted']:,} blobs deleted, {r['gained']:+,} tokens; {r['held']:,} in all",
-    )
-
-
-@main.command(epilog="Examples: hpkvfs fsck;  hpkvfs fsck --full --json")
-@click.option("--full", is_flag=True, help="Also fetch and verify all file data (costs tokens).")
-@_json
-@_pass_settings
-@click.pass_context
-def fsck(context: click.Context, settings: Settings, full: bool, as_json: bool) -> None:
-    """Check the vault at the server. Exit code 3 when something is wrong with it."""
-    result = settings.perform("fsck", {"full": full}, "checking")
-    _show(result, as_json, _checked)
-    if result["problems"] or result["damaged"]:
-        context.exit(VaultError.exit_code)
-
-
-def _checked(result: Result) -> str:
-    found = (
-        f"generation {result['generation']}: {result['files']:,} files, {result['nodes']:,} nodes,"
-        f" {result['extents']:,} extents, {result['dead']:,} dead blobs"
-    )
-    problems = result["problems"] + [f"inode {ino} is damaged" for ino in result["damaged"]]
-    return "\n".join([found, *problems, "" if problems else "no problems"]).rstrip()
+    show(result, as_json, lambda r: f"generation {r['generation']} is at the server")
 
 
 @main.command(
@@ -666,29 +511,8 @@ def completion(shell: str) -> None:
 # -- secrets ---------------------------------------------------------------------------------
 
 
-def _read_secret(path: Path, what: str) -> str:
-    """A secret from a file, or standard input for `-`; UserError."""
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UserError(f"can't read the {what} from {path}: {reason}") from None
-    text = text.removesuffix("\n")
-    if not text.strip():
-        raise UserError(f"there is no {what} in {path}")
-    return text
-
-
 def _passphrase_in(path: Path | None) -> str:
-    return _read_secret(path, "passphrase") if path else ""
-
-
-def _prompt(what: str, option: str, *, twice: bool = False) -> str:
-    try:
-        text: str = click.prompt(what, hide_input=True, confirmation_prompt=twice, err=True)
-    except click.Abort:
-        raise UserError(f"no {what} was given", f"give it with {option}") from None
-    return text
+    return read_secret(path, "passphrase") if path else ""
 
 
 def _new_password(settings: Settings, none: bool) -> str | None:
@@ -696,10 +520,10 @@ def _new_password(settings: Settings, none: bool) -> str | None:
         ui.notice("without a password, whoever reads this disk reads the vault")
         return None
     if settings.password_file is not None:
-        password = _read_secret(settings.password_file, "password")
+        password = read_secret(settings.password_file, "password")
     else:
         option = "--password-file or --no-password"
-        password = _prompt("new password for this machine", option, twice=True)
+        password = prompt("new password for this machine", option, twice=True)
     settings.new_password = password
     return password
 
@@ -718,14 +542,5 @@ def _write_new(path: Path, text: str) -> None:
         ) from None
 
 
-def _guard_memory() -> None:
-    """No core dumps and no debuggers of this user's other programs: there are keys here."""
-    import ctypes
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
-
-
-def _show(result: Result, as_json: bool, text: Callable[[Result], str]) -> None:
-    click.echo(json.dumps(result) if as_json else text(result))
+for _command in care.COMMANDS:
+    main.add_command(_command)

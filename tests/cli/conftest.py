@@ -26,7 +26,8 @@ def hpkvfs(state: Path, monkeypatch: pytest.MonkeyPatch) -> Hpkvfs:
     for name in ("HPKVFS_STATE", "HPKVFS_PASSWORD_FILE", "HPKVFS_INSECURE_DIRECT"):
         monkeypatch.delenv(name, raising=False)
     # what keeps keys out of core dumps is for good, and this process runs other tests too
-    monkeypatch.setattr("hpkvfs.cli._guard_memory", lambda: None)
+    for room in ("cli", "settings"):
+        monkeypatch.setattr(f"hpkvfs.{room}.guard_memory", lambda: None)
 
     def run(*arguments: str | Path, code: int = 0, stdin: str | None = None) -> Result:
         result = CliRunner().invoke(

@@ -1,0 +1,60 @@
+"""The commands that look after a vault: what it holds, what it costs, whether it is whole."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from hpkvfs import ui
+from hpkvfs.errors import VaultError
+from hpkvfs.settings import Result, Settings, json_option, pass_settings, show
+
+
+@click.command(epilog="Examples: hpkvfs status;  hpkvfs status --json | jq .unpublished_bytes")
+@json_option
+@pass_settings
+def status(settings: Settings, as_json: bool) -> None:
+    """Tell what the vault holds, what it costs, and how it is."""
+    result = settings.perform("status", {}, "looking")
+    server = str(json.loads((settings.path / "vault").read_text())["server"])
+    result = {"state": str(settings.path), "server": server, "mounted": None, **result}
+    show(result, as_json, lambda r: ui.status(r, str(settings.path), server))
+
+
+@click.command(epilog="Examples: hpkvfs gc;  hpkvfs gc --json | jq .gained")
+@json_option
+@pass_settings
+def gc(settings: Settings, as_json: bool) -> None:
+    """Delete what is no longer needed at the server, for tokens."""
+    result = settings.perform("gc", {}, "deleting")
+    show(
+        result,
+        as_json,
+        lambda r: f"{r['deleted']:,} blobs deleted, {r['gained']:+,} tokens; {r['held']:,} in all",
+    )
+
+
+@click.command(epilog="Examples: hpkvfs fsck;  hpkvfs fsck --full --json")
+@click.option("--full", is_flag=True, help="Also fetch and verify all file data (costs tokens).")
+@json_option
+@pass_settings
+@click.pass_context
+def fsck(context: click.Context, settings: Settings, full: bool, as_json: bool) -> None:
+    """Check the vault at the server. Exit code 3 when something is wrong with it."""
+    result = settings.perform("fsck", {"full": full}, "checking")
+    show(result, as_json, _checked)
+    if result["problems"] or result["damaged"]:
+        context.exit(VaultError.exit_code)
+
+
+def _checked(result: Result) -> str:
+    found = (
+        f"generation {result['generation']}: {result['files']:,} files, {result['nodes']:,} nodes,"
+        f" {result['extents']:,} extents, {result['dead']:,} dead blobs"
+    )
+    problems = result["problems"] + [f"inode {ino} is damaged" for ino in result["damaged"]]
+    return "\n".join([found, *problems, "" if problems else "no problems"]).rstrip()
+
+
+COMMANDS = (status, gc, fsck)

@@ -1,0 +1,176 @@
+"""What every command of hpkvfs shares: its settings, its errors, secrets, output.
+
+Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from hpkvfs import control, ui
+from hpkvfs.address import Address
+from hpkvfs.errors import HpkvError, UserError
+
+if TYPE_CHECKING:
+    from hpkvfs.mount import Vault
+    from hpkvfs.state import StateDirectory
+
+Result = dict[str, Any]
+
+
+class Failure(click.ClickException):
+    """One sentence, what to do, and the exit code."""
+
+    def __init__(self, error: HpkvError) -> None:
+        super().__init__(error.message)
+        self.hint = error.hint
+        self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
+
+    def show(self, file: Any = None) -> None:
+        """As every other line of ours, on standard error."""
+        click.echo(f"hpkvfs: {self.message}", err=True)
+        if self.hint:
+            click.echo(f"  {self.hint}", err=True)
+
+
+class Commands(click.Group):
+    """A group whose commands may raise errors of ours, or of the operating system."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HpkvError as error:
+            raise Failure(error) from error
+        except BrokenPipeError:
+            _leave_quietly()
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise Failure(HpkvError(f"{error.strerror or error}{where}")) from error
+
+
+def _leave_quietly() -> NoReturn:
+    """Nobody reads what we write any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+@dataclass(slots=True)
+class Settings:
+    """The options that every command has."""
+
+    path: Path
+    password_file: Path | None
+    insecure_direct: bool
+    verbose: bool
+    password_fd: int | None = None
+    new_password: str | None = field(default=None, repr=False)
+
+    @property
+    def state(self) -> StateDirectory:
+        """The state directory; nothing is read yet."""
+        from hpkvfs.state import StateDirectory
+
+        return StateDirectory(self.path)
+
+    @property
+    def socket(self) -> Path:
+        """Where a mounting process listens."""
+        return self.path / "control"
+
+    def address(self, text: str) -> Address:
+        """The server; UserError when talking to it would give the user away."""
+        address = Address.parse(text)
+        address.check_private(self.insecure_direct)
+        return address
+
+    def password(self, state: StateDirectory) -> str | None:
+        """The vault's password, asked for if it has one."""
+        if not state.needs_password:
+            return None
+        if self.new_password is not None:
+            return self.new_password
+        if self.password_fd is not None:
+            with os.fdopen(self.password_fd, "rb") as pipe:
+                return pipe.read().decode()
+        if self.password_file is not None:
+            return read_secret(self.password_file, "password")
+        return prompt("password", "--password-file")
+
+    def open(self) -> Vault:
+        """The vault, unlocked."""
+        from hpkvfs.mount import Vault
+        from hpkvfs.net.transport import TcpDialer
+
+        guard_memory()
+        state = self.state
+        address = self.address(state.server)
+        keys = state.unlock(self.password(state))
+        return Vault(state, keys, TcpDialer(address.host, address.port))
+
+    def perform(self, name: str, arguments: Result, doing: str) -> Result:
+        """One command, by the process that has the vault mounted, or else by this one."""
+        mounted = control.reach(self.socket)
+        if mounted is not None:
+            with mounted, ui.progress(doing) as progress:
+                return control.ask(mounted, name, arguments, progress)
+        vault = self.open()
+        from hpkvfs import mount
+
+        with ui.progress(doing) as progress:
+            return mount.run(mount.perform, vault, name, arguments, progress)
+
+
+def default_state() -> Path:
+    """Where the state directory is when nobody says."""
+    import platformdirs
+
+    return platformdirs.user_state_path("hpkvfs")
+
+
+pass_settings = click.make_pass_decorator(Settings)
+file_path = click.Path(path_type=Path, dir_okay=False)
+json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+
+
+def read_secret(path: Path, what: str) -> str:
+    """A secret from a file, or standard input for `-`; UserError."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"can't read the {what} from {path}: {reason}") from None
+    text = text.removesuffix("\n")
+    if not text.strip():
+        raise UserError(f"there is no {what} in {path}")
+    return text
+
+
+def prompt(what: str, option: str, *, twice: bool = False) -> str:
+    """Ask for a secret at the terminal; UserError, naming the option, when there is none."""
+    try:
+        text: str = click.prompt(what, hide_input=True, confirmation_prompt=twice, err=True)
+    except click.Abort:
+        raise UserError(f"no {what} was given", f"give it with {option}") from None
+    return text
+
+
+def guard_memory() -> None:
+    """No core dumps and no debuggers of this user's other programs: there are keys here."""
+    import ctypes
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+
+
+def show(result: Result, as_json: bool, text: Callable[[Result], str]) -> None:
+    """Write a result as JSON, or as text for people."""
+    click.echo(json.dumps(result) if as_json else text(result))
