@@ -36,6 +36,7 @@ from hpkvfs.protocol.group import (
     POINT_SIZE,
     SCALAR_SIZE,
     FixedBase,
+    G,
     Infinity,
     Point,
     Rng,
@@ -45,9 +46,10 @@ from hpkvfs.protocol.group import (
     decode_scalar,
     encode_points,
     encode_scalar,
-    from_scalar,
+    generator_multiple,
     multiexp,
     multiexp_secret,
+    multiply,
     multiply_secret,
     random_scalar,
     split,
@@ -60,10 +62,14 @@ from hpkvfs.protocol.proofs import (
     Row,
     Shown,
     Vector,
+    Weights,
     attribute_row,
     commit,
     commit_secret,
+    fold,
     issuance_rows,
+    mix,
+    ownership_row,
     recompute,
     respond,
     show_images,
@@ -88,10 +94,11 @@ __all__ = [
 T = TypeVar("T")
 
 REQUESTED: Final = 2
+_MAC_SIZE: Final = SCALAR_SIZE + 2 * POINT_SIZE
 DELTA_LIMIT: Final = 2**62
-CREDENTIAL_SIZE: Final = 4 + 2 * SCALAR_SIZE + POINT_SIZE
+CREDENTIAL_SIZE: Final = 4 + 2 * SCALAR_SIZE + 2 * POINT_SIZE
 PARAMETERS_SIZE: Final = 2 * POINT_SIZE + digits.TABLE_SIZE
-REPLY_SIZE: Final = REQUESTED * (SCALAR_SIZE + POINT_SIZE) + (1 + ISSUANCE_LENGTH) * SCALAR_SIZE
+REPLY_SIZE: Final = REQUESTED * _MAC_SIZE + (1 + ISSUANCE_LENGTH) * SCALAR_SIZE
 
 _SHOWN: Final = len(Shown._fields)
 _REQUESTED_POINTS: Final = 1 + digits.POINTS
@@ -106,7 +113,7 @@ _PRESENTED: Final = {
     Operation.STORE_ENTRY: (2,),
 }
 _ISSUER_SIZE: Final = 7 * SCALAR_SIZE
-_CREDENTIAL: Final = struct.Struct(">I32s32s33s")
+_CREDENTIAL: Final = struct.Struct(">I32s32s33s33s")
 _DRAFT: Final = struct.Struct(">32sI32sI32s")
 
 
@@ -203,28 +210,29 @@ class IssuerParameters:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Credential:
-    """An amount that an issuer's MAC (t, V) vouches for; 0 is an amount like any other.
+    """An amount that an issuer's MAC (t, U, V) vouches for; 0 is an amount like any other.
 
-    All of it is secret: whoever knows r can spend it, whoever knows t or V can link it.
+    All of it is secret: whoever knows r can spend it, whoever knows t, U or V can link it.
     """
 
     amount: int
     r: int
     t: int
+    U: Point
     V: Point
 
     def encode(self) -> bytes:
-        """101 bytes: u32 amount, r, t, V."""
+        """134 bytes: u32 amount, r, t, U, V."""
         r, t = encode_scalar(self.r), encode_scalar(self.t)
-        return _CREDENTIAL.pack(self.amount, r, t, self.V.encode())
+        return _CREDENTIAL.pack(self.amount, r, t, self.U.encode(), self.V.encode())
 
     @classmethod
     def decode(cls, encoded: bytes) -> Credential:
         """Inverse of encode; Malformed for anything else."""
         if len(encoded) != CREDENTIAL_SIZE:
             raise Malformed(f"a credential has {CREDENTIAL_SIZE} bytes, not {len(encoded)}")
-        amount, r, t, v = _CREDENTIAL.unpack(encoded)
-        return cls(amount, decode_nonzero(r), decode_nonzero(t), Point.decode(v))
+        amount, r, t, *points = _CREDENTIAL.unpack(encoded)
+        return cls(amount, decode_nonzero(r), decode_nonzero(t), *map(Point.decode, points))
 
 
 class Requested(NamedTuple):
@@ -263,7 +271,7 @@ def parse(request: bytes, presented: int) -> CredentialRequest:
     """Decode a request that presents so many credentials (0 or 2).
 
     Malformed for wrong lengths, points that are none, infinity, scalars that are not reduced,
-    a zero challenge, or one serial presented twice. Proves nothing.
+    a zero challenge, one serial presented twice, or one M requested twice. Proves nothing.
     """
     if presented not in (0, 2):
         raise Malformed(f"a request presents 0 or 2 credentials, not {presented}")
@@ -283,6 +291,8 @@ def parse(request: bytes, presented: int) -> CredentialRequest:
     )
     if len(set(parsed.serials)) != presented:
         raise Malformed("a serial is presented twice")
+    if parsed.requested[0].m == parsed.requested[1].m:
+        raise Malformed("a commitment is requested twice")
     return parsed
 
 
@@ -315,6 +325,19 @@ def _request_transcript(
     transcript.append("presented", bytes([presented]))
     transcript.append("points", points)
     return transcript
+
+
+def _claims(
+    i: FixedBase, shown: Sequence[Shown], vector: Vector, weights: Weights
+) -> tuple[Row, ...]:
+    """Every row but those of the range proofs; a function of nonces or of responses."""
+    shows, requests = _sections(len(shown), vector)
+    first, second = (attribute_row(digits.value(x[1:]), x[0]) for x in requests)
+    folded = tuple(
+        (base, x + weights.m * y) for (base, x), (_, y) in zip(first, second, strict=True)
+    )
+    rows = [row for one, x in zip(shown, shows, strict=True) for row in show_rows(one, x)]
+    return *((ownership_row(i, shows, weights),) if shows else ()), *rows, folded
 
 
 def _challenge(transcript: Transcript, commitments: Iterable[Point]) -> int:
@@ -360,12 +383,10 @@ def _prove(
     secrets = tuple(x for _, vector in (*shows, *requests) for x in vector)
     transcript = _request_transcript(statement, parameters, len(shows), points)
     nonces = _nonces(transcript, len(shows), secrets, rng)
-    show_nonces, request_nonces = _sections(len(shows), nonces)
-    rows: list[Row] = []
-    for (shown, _), vector in zip(shows, show_nonces, strict=True):
-        rows += show_rows(parameters.i, shown, vector)
-    for (requested, _), vector in zip(requests, request_nonces, strict=True):
-        rows += _requested_rows(requested, vector)
+    weights = Weights(*transcript.weights())
+    rows = list(_claims(parameters.i, [shown for shown, _ in shows], nonces, weights))
+    for (requested, _), vector in zip(requests, _sections(len(shows), nonces)[1], strict=True):
+        rows += digits.rows(requested.digits, vector[1:])
     challenge = _challenge(transcript, commit(rows))
     responses = respond(nonces, secrets, challenge)[:-1]
     return points + b"".join(map(encode_scalar, (challenge, *responses)))
@@ -387,11 +408,11 @@ def _check_balance(
 def _show(credential: Credential, rng: Rng) -> tuple[Shown, Vector]:
     """Blind a credential: what the issuer sees, and the witness (z z0 t a r)."""
     amount, r, t = credential.amount, credential.r, credential.t
-    z, u = random_scalar(rng), from_scalar(t)
+    z = random_scalar(rng)
     shown = Shown(
         ca=multiexp(((GA, z), *attribute_row(amount, r))),
-        cx0=multiexp(((GX0, z),), u),
-        cx1=multiexp(((GX1, z), (u, t))),
+        cx0=multiexp(((GX0, z),), credential.U),
+        cx1=multiexp(((GX1, z), (credential.U, t))),
         cv=multiexp(((GV, z),), credential.V),
         serial=multiexp(((GS, r),)),
     )
@@ -403,11 +424,6 @@ def _request(table: DigitTable, amount: int, rng: Rng) -> tuple[Requested, Vecto
     r = random_scalar(rng)
     points, witness = digits.hide(table, amount, rng)
     return Requested(multiexp(attribute_row(amount, r)), points), (r, *witness)
-
-
-def _requested_rows(requested: Requested, vector: Vector) -> tuple[Row, ...]:
-    row = attribute_row(digits.value(vector[1:]), vector[0])
-    return row, *digits.rows(requested.digits, vector[1:])
 
 
 def _nonces(transcript: Transcript, presented: int, secrets: Vector, rng: Rng) -> Vector:
@@ -449,39 +465,45 @@ class Draft:
         not made with the key that everybody else's are made with.
         """
         macs, challenge, responses = _parse_reply(reply)
-        credentials = [
+        first, second = (
             Credential(a, r, *mac) for (a, r), mac in zip(self._wanted, macs, strict=True)
-        ]
-        issued = [
-            Issued(c.t, from_scalar(c.t), multiexp(attribute_row(c.amount, c.r)))
-            for c in credentials
-        ]
-        images = (*(c.V for c in credentials), parameters.gv_i, parameters.cw)
+        )
+        transcript = _issuance_transcript(parameters, self._binding, macs)
+        weight = transcript.weights()[0]
+        amount, r = (
+            weight * one + (1 - weight) * other
+            for one, other in ((first.amount, second.amount), (first.r, second.r))
+        )
+        issued = Issued(first.t, first.U, 1), Issued(second.t, second.U, 1)
+        rows = issuance_rows(issued, attribute_row(amount, r), weight, responses)
         try:
-            commitments = recompute(issuance_rows(issued, responses), images, challenge)
+            images = mix(first.V, second.V, weight), parameters.gv_i, parameters.cw
+            commitments = recompute(rows, images, challenge)
         except Infinity as error:
             raise BadIssuance("the proof of issuance is degenerate") from error
-        transcript = _issuance_transcript(parameters, self._binding, macs)
         if _challenge(transcript, commitments) != challenge:
             raise BadIssuance("the proof of issuance does not hold")
-        first, second = credentials
         return first, second
 
 
-Mac = tuple[int, Point]
+class Mac(NamedTuple):
+    """What the issuer makes of an M: (t, U, V)."""
+
+    t: int
+    U: Point
+    V: Point
 
 
 def _parse_reply(reply: bytes) -> tuple[list[Mac], int, Vector]:
     if len(reply) != REPLY_SIZE:
         raise Malformed(f"a reply has {REPLY_SIZE} bytes, not {len(reply)}")
-    size = SCALAR_SIZE + POINT_SIZE
     macs = [
-        (decode_nonzero(mac[:SCALAR_SIZE]), Point.decode(mac[SCALAR_SIZE:]))
-        for mac in split(reply[: REQUESTED * size], size)
+        Mac(decode_nonzero(mac[:SCALAR_SIZE]), *decode_points(mac[SCALAR_SIZE:]))
+        for mac in split(reply[: REQUESTED * _MAC_SIZE], _MAC_SIZE)
     ]
-    if len({t for t, _ in macs}) != REQUESTED:
+    if len({mac.t for mac in macs}) != REQUESTED:
         raise Malformed("t is repeated")
-    challenge, *responses = split(reply[REQUESTED * size :], SCALAR_SIZE)
+    challenge, *responses = split(reply[REQUESTED * _MAC_SIZE :], SCALAR_SIZE)
     return macs, decode_nonzero(challenge), tuple(map(decode_scalar, responses))
 
 
@@ -496,7 +518,7 @@ def _issuance_transcript(
 
 
 def _encode_macs(macs: Iterable[Mac]) -> bytes:
-    return b"".join(encode_scalar(t) + v.encode() for t, v in macs)
+    return b"".join(encode_scalar(t) + encode_points((u, v)) for t, u, v in macs)
 
 
 # Issuer.
@@ -561,56 +583,73 @@ class Issuer:
         if not statement.admits(presented):
             raise BadProof(f"{statement.operation.name} does not present {presented}")
         try:
-            commitments = self._recompute(statement.delta, request)
+            transcript = _request_transcript(statement, self.parameters, presented, request.points)
+            weights = Weights(*transcript.weights())
+            commitments = self._recompute(statement.delta, request, weights)
         except Infinity as error:
             raise BadProof("the request's proof is degenerate") from error
-        transcript = _request_transcript(statement, self.parameters, presented, request.points)
         if _challenge(transcript, commitments) != request.challenge:
             raise BadProof("the request's proof does not hold")
 
-    def _recompute(self, delta: int, request: CredentialRequest) -> list[Point]:
-        e = request.challenge
-        vector = _complete(len(request.shown), request.responses, e * delta)
-        shows, requests = _sections(len(request.shown), vector)
-        commitments: list[Point] = []
-        for shown, x in zip(request.shown, shows, strict=True):
-            rows = show_rows(self.parameters.i, shown, x)
-            commitments += recompute(rows, show_images(shown, self._z(shown)), e)
-        for requested, x in zip(request.requested, requests, strict=True):
-            row = attribute_row(digits.value(x[1:]), x[0])
-            commitments += recompute((row,), (requested.m,), e)
+    def _recompute(self, delta: int, request: CredentialRequest, weights: Weights) -> list[Point]:
+        e, shown = request.challenge, request.shown
+        vector = _complete(len(shown), request.responses, e * delta)
+        rows = _claims(self.parameters.i, shown, vector, weights)
+        first, second = request.requested
+        images = [image for one in shown for image in show_images(one)]
+        images.append(fold(first.m, second.m, weights.m))
+        if shown:
+            images.insert(0, self._ownership(shown, weights))
+        commitments = recompute(rows, images, e)
+        for requested, x in zip(request.requested, _sections(len(shown), vector)[1], strict=True):
             commitments += self._digit_key.recompute(requested.digits, x[1:], e)
         return commitments
 
-    def _z(self, shown: Shown) -> Point:
-        """Z = CV - w Gw - x0 Cx0 - x1 Cx1 - ya Ca, which is z I if the MAC is ours."""
-        key = self._key
-        terms = (shown.cx0, -key.x0), (shown.cx1, -key.x1), (shown.ca, -key.ya)
-        return multiexp_secret(terms, shown.cv, -self._w_gw)
+    def _ownership(self, shown: Sequence[Shown], weights: Weights) -> Point:
+        """The image of ownership_row().
+
+        Z = CV - w Gw - x0 Cx0 - x1 Cx1 - ya Ca, which is z I if the MAC is ours; Z is linear, so
+        that of two credentials the points are folded before they meet the key.
+        """
+        key, (first, second) = self._key, shown
+        cx0, cx1, ca = (
+            fold(getattr(first, c), getattr(second, c), weights.z) for c in ("cx0", "cx1", "ca")
+        )
+        return multiexp_secret(
+            ((cx0, -key.x0), (cx1, -key.x1), (ca, -key.ya)),
+            add(first.cv, -self._w_gw),
+            multiply(add(second.cv, -self._w_gw), weights.z),
+            multiply(first.serial, weights.serial),
+            multiply(second.serial, weights.serial2),
+        )
 
     def issue(self, statement: Statement, request: CredentialRequest) -> bytes:
-        """The reply (322 bytes) with two credentials and the proof that they are sound.
+        """The reply (388 bytes) with two credentials and the proof that they are sound.
 
         Verifies nothing: verify() first. A function of the arguments and the key alone, so
         that a request repeated is answered by the same bytes.
         """
         binding = statement.binding(len(request.shown), request.encoded)
-        issued = [self._t(binding, index, r.m) for index, r in enumerate(request.requested)]
-        macs = [(c.t, self._mac(c)) for c in issued]
+        first, second = (r.m for r in request.requested)
+        issued = self._draw(binding, 0), self._draw(binding, 1)
+        macs = [self._mac(c, m) for c, m in zip(issued, (first, second), strict=True)]
         transcript = _issuance_transcript(self.parameters, binding, macs)
-        nonces = self._issuance_nonces(transcript)
-        challenge = _challenge(transcript, commit_secret(issuance_rows(issued, nonces)))
+        nonces, weight = self._issuance_nonces(transcript), transcript.weights()[0]
+        rows = issuance_rows(issued, ((mix(first, second, weight), 1),), weight, nonces)
+        challenge = _challenge(transcript, commit_secret(rows))
         responses = respond(nonces, self._key, challenge)
         return _encode_macs(macs) + b"".join(map(encode_scalar, (challenge, *responses)))
 
-    def _t(self, binding: bytes, index: int, m: Point) -> Issued:
-        t = self._prf("t", binding + bytes([index]))
-        return Issued(t, from_scalar(t), m)
+    def _draw(self, binding: bytes, index: int) -> Issued:
+        """t, and u, which is as secret as the key: knowing it of a few MACs, one could forge."""
+        seed = binding + bytes([index])
+        return Issued(self._prf("t", seed), G, self._prf("u", seed))
 
-    def _mac(self, c: Issued) -> Point:
-        """V = w Gw + (x0 + x1 t) U + ya M."""
+    def _mac(self, c: Issued, m: Point) -> Mac:
+        """U = u G and V = w Gw + (x0 + x1 t) U + ya M."""
         key = self._key
-        return multiexp_secret(((c.u, key.x0 + key.x1 * c.t), (c.m, key.ya)), self._w_gw)
+        terms = (G, c.u * (key.x0 + key.x1 * c.t)), (m, key.ya)
+        return Mac(c.t, generator_multiple(c.u), multiexp_secret(terms, self._w_gw))
 
     def _issuance_nonces(self, transcript: Transcript) -> Vector:
         """From all that the challenge will cover: equal nonces mean an equal challenge."""

@@ -34,6 +34,9 @@ SIGNATURE_SIZE: Final = 64
 
 Rng = Callable[[int], bytes]
 
+# A cube root of unity modulo ORDER: with it (x, y) -> (beta x, y) multiplies by LAMBDA.
+LAMBDA: Final = 0x5363AD4CC05C30E0A5261C028812645A122E22EA20816678DF02967C1B23BD72
+
 _CONTEXT: Final[Any] = GLOBAL_CONTEXT.ctx
 _COMPRESSED: Final[Any] = _lib.SECP256K1_EC_COMPRESSED
 _HALF: Final = pow(2, -1, ORDER)
@@ -76,6 +79,18 @@ def split(encoded: bytes, size: int) -> list[bytes]:
 def wide_scalar(uniform: bytes) -> int:
     """A scalar in 1..n-1 from at least 48 uniform bytes: bias below 2^-127."""
     return int.from_bytes(uniform, "big") % (ORDER - 1) + 1
+
+
+def short_scalar(uniform: bytes) -> int:
+    """a + b LAMBDA from 16 bytes, a and b of 8 each: one of 2^128 scalars, all different.
+
+    libsecp256k1 splits a scalar into two halves in just this way, so that one with short halves
+    takes half the doublings (challenges in this form: Halo, eprint 2019/1021, section 6.2).
+    a + b LAMBDA = 0 mod n only if n divides a^2 - ab + b^2, which is less than n here unless
+    a = b = 0: therefore no two are equal, and each has an inverse but zero.
+    """
+    a, b = int.from_bytes(uniform[:8], "big"), int.from_bytes(uniform[8:16], "big")
+    return (a + b * LAMBDA) % ORDER
 
 
 def random_scalar(rng: Rng) -> int:
@@ -253,6 +268,8 @@ def _whole_point(output: Any, x: Any, y: Any, _data: Any) -> int:
 
 def multiply_secret(base: Base, scalar: int) -> Point:
     """scalar * base in constant time; Infinity for scalar 0 mod n."""
+    if base is G:
+        return generator_multiple(scalar)  # twice as fast
     point = base.point if isinstance(base, FixedBase) else base
     encoded = (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")
     if encoded == _ZERO:
@@ -300,18 +317,6 @@ def from_text(text: str) -> Point:
         if root is not None:
             return Point.decode(bytes([2 + root % 2]) + x)
         x = hashlib.sha256(x).digest()
-
-
-def from_scalar(scalar: int) -> Point:
-    """U(t): as from_text, starting from the scalar's 32 bytes, but with the even y.
-
-    The even root is libsecp256k1's own choice, 25 times faster than a residue in Python.
-    """
-    raw = _ffi.new("secp256k1_pubkey *")
-    x = hashlib.sha256(encode_scalar(scalar)).digest()
-    while not _lib.secp256k1_ec_pubkey_parse(_CONTEXT, raw, b"\x02" + x, POINT_SIZE):
-        x = hashlib.sha256(x).digest()
-    return Point(raw)
 
 
 G: Final = FixedBase(generator_multiple(1))

@@ -12,13 +12,14 @@ import hashlib
 import struct
 from typing import Final
 
-from hpkvfs.protocol.group import ORDER
+from hpkvfs.protocol.group import short_scalar, split
 
 _DATA: Final = struct.Struct(">I")
+_SHORT: Final = 16
 
 
 class Transcript:
-    """An append-only record of one proof; digest() and challenge() may be asked any time."""
+    """An append-only record of one proof; what is derived from it may be asked any time."""
 
     __slots__ = ("_hash",)
 
@@ -35,6 +36,10 @@ class Transcript:
         """SHA-512 of all fields so far: 64 bytes."""
         return self._hash.digest()
 
+    def weights(self) -> tuple[int, ...]:
+        """Four short scalars, each from 16 bytes of digest()."""
+        return tuple(map(short_scalar, split(self.digest(), _SHORT)))
+
     def challenge(self) -> int:
-        """digest() as a big-endian integer modulo the group's order: bias below 2^-255."""
-        return int.from_bytes(self._hash.digest(), "big") % ORDER
+        """The first of weights(): one of 2^128 scalars that are cheap to multiply by."""
+        return short_scalar(self.digest()[:_SHORT])

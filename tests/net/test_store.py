@@ -559,7 +559,9 @@ def shown(*epochs: EpochParameters, by: Identity | None = None) -> bytes:
 def another_epoch(number: int = 1, after: EpochParameters | None = None) -> EpochParameters:
     """Parameters of the same issuer, so cheap to make, that nobody else is shown."""
     previous = after.digest if after else bytes(32)
-    return replace(epoch_one().parameters, number=number, previous=previous, tariff=Tariff(2, 20))
+    return replace(
+        epoch_one().parameters, number=number, previous=previous, tariff=Tariff(2, 20, entry=20)
+    )
 
 
 async def asks(store: RemoteStore) -> None:

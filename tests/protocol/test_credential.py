@@ -116,7 +116,7 @@ def test_the_largest_amount_passes() -> None:
 
 def test_sizes_are_those_documented() -> None:
     _, request, reply = insertion()
-    assert (len(request), request_size(2), request_size(0), len(reply)) == (1_556, 1_556, 906, 322)
+    assert (len(request), request_size(2), request_size(0), len(reply)) == (1_556, 1_556, 906, 388)
 
 
 # What the client refuses to begin.
@@ -257,7 +257,7 @@ def test_no_bit_of_a_request_can_change(bit: int) -> None:
         verify(flipped)
 
 
-@given(st.integers(0, 322 * 8 - 1))
+@given(st.integers(0, 388 * 8 - 1))
 @settings(max_examples=60, deadline=None)
 def test_no_bit_of_a_reply_can_change(bit: int) -> None:
     draft, _, reply = insertion()
@@ -283,10 +283,10 @@ def test_nonces_are_never_used_for_two_challenges() -> None:
     first = issuer().issue(ABOUT, parsed)
     for other in (replace(ABOUT, context=b"!"), replace(ABOUT, delta=-9)):
         second = issuer().issue(other, parsed)
-        e = scalar_at(first, 130) - scalar_at(second, 130)
+        e = scalar_at(first, 196) - scalar_at(second, 196)
         leaked = [
             (scalar_at(first, i) - scalar_at(second, i)) * pow(e, -1, ORDER) % ORDER
-            for i in range(162, 322, 32)
+            for i in range(228, 388, 32)
         ]
         assert not set(leaked) & set(issuer()._key)
         assert scalar_at(first, 0) != scalar_at(second, 0)
@@ -366,6 +366,12 @@ def test_a_serial_repeated_is_malformed() -> None:
         parse(patch(request, 297, request[132:165]), 2)
 
 
+def test_a_commitment_repeated_is_malformed() -> None:
+    _, request, _ = insertion()
+    with pytest.raises(Malformed, match="twice"):
+        parse(patch(request, 495, request[330:363]), 2)
+
+
 def test_serials_are_those_of_the_credentials() -> None:
     _, first, _ = insertion("first")
     _, second, _ = insertion("second")
@@ -378,15 +384,20 @@ def test_serials_are_those_of_the_credentials() -> None:
     ("start", "piece"),
     [
         (0, bytes(32)),
-        (65, bytes(32)),
+        (98, bytes(32)),
         (0, ORDER.to_bytes(32, "big")),
         (32, bytes(33)),
-        (97, NO_POINTS["not on the curve"]),
-        (130, bytes(32)),
-        (130, ORDER.to_bytes(32, "big")),
-        (290, ORDER.to_bytes(32, "big")),
+        (65, bytes(33)),
+        (130, NO_POINTS["not on the curve"]),
+        (163, NO_POINTS["not on the curve"]),
+        (196, bytes(32)),
+        (196, ORDER.to_bytes(32, "big")),
+        (356, ORDER.to_bytes(32, "big")),
     ],
-    ids=["t 0", "t 0 again", "t = n", "V inf", "V off curve", "e 0", "e = n", "s = n"],
+    ids=[
+        *("t 0", "t 0 again", "t = n", "U inf", "V inf", "U off curve", "V off curve"),
+        *("e 0", "e = n", "s = n"),
+    ],
 )
 def test_a_malformed_reply_is_refused(start: int, piece: bytes) -> None:
     draft, _, reply = insertion()
@@ -396,7 +407,7 @@ def test_a_malformed_reply_is_refused(start: int, piece: bytes) -> None:
 
 def test_a_reply_that_repeats_t_or_has_the_wrong_length_is_refused() -> None:
     draft, _, reply = insertion()
-    for wrong in (patch(reply, 65, reply[:32]), b"", reply[:-1], reply + b"\0"):
+    for wrong in (patch(reply, 98, reply[:32]), b"", reply[:-1], reply + b"\0"):
         with pytest.raises(Malformed):
             draft.finish(parameters(), wrong)
 
@@ -406,8 +417,8 @@ scalars = st.integers(1, ORDER - 1)
 
 @given(amounts, scalars, scalars, scalars)
 def test_credentials_survive_their_encoding(amount: int, r: int, t: int, v: int) -> None:
-    held = Credential(amount, r, t, generator_multiple(v))
-    assert len(held.encode()) == 101
+    held = Credential(amount, r, t, from_text("U"), generator_multiple(v))
+    assert len(held.encode()) == 134
     assert Credential.decode(held.encode()) == held
 
 
@@ -419,12 +430,14 @@ def test_a_credential_without_secrets_is_malformed(start: int) -> None:
             Credential.decode(patch(encoded, start, piece))
     with pytest.raises(Malformed):
         Credential.decode(patch(encoded, 68, bytes(33)))
+    with pytest.raises(Malformed):
+        Credential.decode(patch(encoded, 101, bytes(33)))
 
 
 @pytest.mark.parametrize("decode", [Credential, Draft, Issuer, IssuerParameters])
 def test_other_lengths_are_malformed(decode: type) -> None:
     read = getattr(decode, "decode", None) or decode.from_bytes  # type: ignore[attr-defined]
-    for length in (0, 1, 100, 102, 103, 105, 223, 225, 8_577, 8_579):
+    for length in (0, 1, 133, 135, 103, 105, 223, 225, 8_577, 8_579):
         with pytest.raises(Malformed):
             read(b"\x01" * length)
 
@@ -481,7 +494,7 @@ def test_known_answers_of_a_small_key() -> None:
     assert published.i.point.encode().hex() == known["I"]
     entries = DigitKey(known["y"]).table(1).entries
     assert [e.encode().hex() for e in entries[:2]] == [known["D_0"], known["D_1"]]
-    held = Credential(known["amount"], known["r"], 1, from_text("any V"))
+    held = Credential(known["amount"], known["r"], 1, from_text("any U"), from_text("any V"))
     shown, vector = credential._show(held, lambda count: (known["z"] - 1).to_bytes(count, "big"))
     assert vector[0] == known["z"]
     assert shown.ca.encode().hex() == known["Ca"]

@@ -14,6 +14,7 @@ from hpkvfs.protocol import group
 from hpkvfs.protocol.errors import Malformed
 from hpkvfs.protocol.group import (
     FIELD,
+    LAMBDA,
     ORDER,
     FixedBase,
     G,
@@ -24,13 +25,13 @@ from hpkvfs.protocol.group import (
     decode_nonzero,
     decode_scalar,
     encode_scalar,
-    from_scalar,
     from_text,
     generator_multiple,
     multiexp,
     multiexp_secret,
     multiply,
     multiply_secret,
+    short_scalar,
     tagged_hash,
     verify_signature,
     wide_scalar,
@@ -155,13 +156,24 @@ def test_threads_may_share_a_base_that_is_not_built_yet() -> None:
     assert results == [multiply(BASE.point, 7)] * 4
 
 
-@given(nonzero)
-@settings(max_examples=30)
-def test_u_is_the_first_even_point_of_the_chain_of_hashes(t: int) -> None:
-    x = hashlib.sha256(t.to_bytes(32, "big")).digest()
-    while pow(pow(int.from_bytes(x, "big"), 3, FIELD) + 7, (FIELD - 1) // 2, FIELD) != 1:
-        x = hashlib.sha256(x).digest()
-    assert from_scalar(t).encode() == b"\x02" + x
+def test_lambda_is_the_curves_endomorphism() -> None:
+    """What makes multiplying by a short scalar cheap, and short scalars differ."""
+    assert (LAMBDA**2 + LAMBDA + 1) % ORDER == 0
+    beta = int(multiply(G.point, LAMBDA).encode()[1:].hex(), 16)
+    beta = beta * pow(int(G.point.encode()[1:].hex(), 16), -1, FIELD) % FIELD
+    assert beta != 1 and pow(beta, 3, FIELD) == 1
+
+
+short = st.sampled_from([bytes(16), b"\0" * 15 + b"\1", b"\xff" * 16]) | st.binary(
+    min_size=16, max_size=16
+)
+
+
+@given(short, short)
+def test_differences_of_short_scalars_have_inverses(one: bytes, other: bytes) -> None:
+    """Extracting a witness from two challenges divides by their difference."""
+    assert (short_scalar(one) == short_scalar(other)) == (one == other)
+    assert (short_scalar(one) == 0) == (one == bytes(16))
 
 
 @given(st.integers(0, ORDER - 1))

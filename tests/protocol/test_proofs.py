@@ -7,6 +7,7 @@ prover; what it claims violates exactly the equation that its name mentions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from hpkvfs.protocol.credential import (
     AMOUNT_LIMIT,
     Credential,
     Issuer,
+    Mac,
     Requested,
     Statement,
     parse,
@@ -32,6 +34,7 @@ from hpkvfs.protocol.group import (
 )
 from hpkvfs.protocol.proofs import Row, Shown, Vector, attribute_row
 from hpkvfs.protocol.tariff import Operation
+from hpkvfs.protocol.transcript import Transcript
 from tests.protocol.parties import Stream, issuer, parameters, purse, settle, statement
 
 Show = tuple[Shown, Vector]
@@ -73,7 +76,7 @@ def test_the_honest_prover_is_believed() -> None:
 
 def forged_mac(place: int) -> Show:
     """Z: the credential's V was made without the key."""
-    held = Credential(1_000, 5, 6, ELSEWHERE)
+    held = Credential(1_000, 5, 6, from_text("U"), ELSEWHERE)
     return credential._show(held, Stream("forged"))
 
 
@@ -90,7 +93,7 @@ def another_key(place: int) -> Show:
 def raised_amount(place: int) -> Show:
     """Ca (and so Z): a credential is shown as one of 500 more."""
     held = purse()[place]
-    return credential._show(Credential(held.amount + 500, held.r, held.t, held.V), Stream("c"))
+    return credential._show(replace(held, amount=held.amount + 500), Stream("c"))
 
 
 def false_amount(place: int) -> Show:
@@ -164,6 +167,28 @@ def test_a_false_show_is_refused(cheat: Callable[[int], Show], place: int) -> No
     amount = sum(vector[3] for _, vector in shows)
     with pytest.raises(BadProof):
         judge(shows, honest_requests((amount, 0)))
+
+
+def apart(shows: list[Show], field: str) -> list[Show]:
+    """Two lies that cancel out: a point of one show is moved by what the other's is moved back."""
+    (first, x), (second, y) = shows
+    moved = multiexp((), getattr(first, field), ELSEWHERE)
+    back = multiexp((), getattr(second, field), -ELSEWHERE)
+    return [(first._replace(**{field: moved}), x), (second._replace(**{field: back}), y)]
+
+
+@pytest.mark.parametrize("field", ["cv", "serial"])
+def test_false_shows_do_not_make_up_for_each_other(field: str) -> None:
+    """Why the folded row has weights; with 1 instead, this would be believed."""
+    shows = apart(honest_shows(), field)
+    with pytest.raises(BadProof):
+        judge(shows, honest_requests())
+
+
+@pytest.mark.parametrize("field", ["cv", "serial"])
+def test_without_weights_they_would(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credential, "Weights", lambda *_: proofs.Weights(1, 1, 1, 1))
+    judge(apart(honest_shows(), field), honest_requests())
 
 
 # Request. Columns of its vector: r v_0..v_3 d_0..d_3.
@@ -242,6 +267,17 @@ def test_every_digit_of_both_amounts_is_checked(place: int) -> None:
             judge([], requests, statement(Operation.ISSUE, delta=256 ** (3 - place)))
 
 
+def test_false_commitments_do_not_make_up_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One M is to a token more than its digits say, the other to one less."""
+    (first, x), (second, y) = honest_requests()
+    more = first._replace(m=multiexp(((GG, 1),), first.m))
+    less = second._replace(m=multiexp(((GG, -1),), second.m))
+    with pytest.raises(BadProof):
+        judge(honest_shows(), [(more, x), (less, y)])
+    monkeypatch.setattr(credential, "Weights", lambda *_: proofs.Weights(1, 1, 1, 1))
+    judge(honest_shows(), [(more, x), (less, y)])
+
+
 # Balance.
 
 
@@ -284,8 +320,18 @@ class Mint(Issuer):
 class ForgetfulMint(Mint):
     """An issuer whose proofs are about the right key and whose MACs are not."""
 
-    def _mac(self, c: object) -> Point:
-        return ELSEWHERE
+    def _mac(self, c: proofs.Issued, m: Point) -> Mac:
+        return super()._mac(c, m)._replace(V=ELSEWHERE)
+
+
+class ApartMint(Mint):
+    """Its two MACs are marked, one by a point and the other by that point's negative."""
+
+    marks: tuple[Point, ...] = (ELSEWHERE, -ELSEWHERE)
+
+    def _mac(self, c: proofs.Issued, m: Point) -> Mac:
+        mac, (mark, *self.marks) = super()._mac(c, m), self.marks
+        return mac._replace(V=multiexp((), mac.V, mark))
 
 
 def reply_of(mint: Issuer) -> tuple[credential.Draft, bytes]:
@@ -306,6 +352,17 @@ def test_macs_that_the_proof_is_not_about_are_refused() -> None:
         draft.finish(parameters(), reply)
 
 
+def test_marks_do_not_make_up_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would if both MACs had the weight 1/2."""
+    draft, reply = reply_of(ApartMint(issuer()._key))
+    with pytest.raises(BadIssuance):
+        draft.finish(parameters(), reply)
+    half = pow(2, -1, ORDER)
+    monkeypatch.setattr(Transcript, "weights", lambda self: (half,) * 4)
+    draft, reply = reply_of(ApartMint(issuer()._key))
+    draft.finish(parameters(), reply)
+
+
 def test_the_published_key_is_believed() -> None:
     """The control of the tests above: a mint whose MAC key is the right one."""
     draft, reply = reply_of(Mint(issuer()._key))
@@ -315,13 +372,13 @@ def test_the_published_key_is_believed() -> None:
 def test_exchanged_macs_are_refused() -> None:
     draft, reply = reply_of(issuer())
     with pytest.raises(BadIssuance):
-        draft.finish(parameters(), reply[65:130] + reply[:65] + reply[130:])
+        draft.finish(parameters(), reply[98:196] + reply[:98] + reply[196:])
 
 
 @pytest.mark.parametrize("place", range(6), ids=["e", "w", "w'", "x0", "x1", "ya"])
 def test_every_scalar_of_an_issuance_proof_matters(place: int) -> None:
     draft, reply = reply_of(issuer())
-    start = 130 + 32 * place
+    start = 196 + 32 * place
     scalar = (int.from_bytes(reply[start : start + 32], "big") + 1) % ORDER
     with pytest.raises(BadIssuance):
         draft.finish(parameters(), reply[:start] + encode_scalar(scalar) + reply[start + 32 :])
@@ -331,22 +388,24 @@ def test_every_scalar_of_an_issuance_proof_matters(place: int) -> None:
 # hash, an image could be computed from challenge and responses, and these would be believed.
 
 
-def after_the_challenge(image: Point, challenge: int) -> Point:
+def after_the_challenge(image: Point, challenge: int, weight: int) -> Point:
     """The image for which a commitment that was moved by ELSEWHERE is right."""
-    return multiexp(((ELSEWHERE, -pow(challenge, -1, ORDER)),), image)
+    return multiexp(((ELSEWHERE, -pow(challenge * weight, -1, ORDER)),), image)
 
 
 def test_a_serial_cannot_be_chosen_after_the_challenge(monkeypatch: pytest.MonkeyPatch) -> None:
     def moved(rows: Iterable[Row]) -> list[Point]:
-        commitments = proofs.commit(rows)
-        return [*commitments[:3], multiexp((), commitments[3], ELSEWHERE), *commitments[4:]]
+        first, *others = proofs.commit(rows)
+        return [multiexp((), first, ELSEWHERE), *others]
 
     monkeypatch.setattr(credential, "commit", moved)
     encoded = credential._prove(
         parameters(), ABOUT, honest_shows(), honest_requests(), Stream("nonces")
     )
     parsed = parse(encoded, 2)
-    serial = after_the_challenge(parsed.shown[0].serial, parsed.challenge).encode()
+    weights = credential._request_transcript(ABOUT, parameters(), 2, parsed.points).weights()
+    weight = proofs.Weights(*weights).serial
+    serial = after_the_challenge(parsed.shown[0].serial, parsed.challenge, weight).encode()
     with pytest.raises(BadProof):
         issuer().verify(ABOUT, parse(encoded[:132] + serial + encoded[165:], 2))
 
@@ -358,10 +417,12 @@ def test_a_mac_cannot_be_chosen_after_the_challenge(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(credential, "commit_secret", moved)
     draft, reply = reply_of(Mint(issuer()._key))
-    challenge = int.from_bytes(reply[130:162], "big")
-    mac = after_the_challenge(Point.decode(reply[32:65]), challenge).encode()
+    challenge = int.from_bytes(reply[196:228], "big")
+    macs, _, _ = credential._parse_reply(reply)
+    transcript = credential._issuance_transcript(parameters(), draft._binding, macs)
+    mac = after_the_challenge(macs[0].V, challenge, transcript.weights()[0]).encode()
     with pytest.raises(BadIssuance):
-        draft.finish(parameters(), reply[:32] + mac + reply[65:])
+        draft.finish(parameters(), reply[:65] + mac + reply[98:])
 
 
 def test_a_challenge_covers_issuer_and_number_presented() -> None:

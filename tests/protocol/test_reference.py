@@ -17,6 +17,7 @@ from tests.protocol.vectors import frozen
 
 P = 2**256 - 2**32 - 977
 N = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
+LAMBDA = 0x5363AD4CC05C30E0A5261C028812645A122E22EA20816678DF02967C1B23BD72
 Affine = tuple[int, int] | None
 G = (
     0x79BE667EF9DCBBAC55A06295CE870B07029BFCDB2DCE28D959F2815B16F81798,
@@ -84,11 +85,6 @@ def gen(name: str) -> Affine:
     return chain(name.encode())
 
 
-def u_of(t: int) -> Affine:
-    x, y = chain(t.to_bytes(32, "big"))
-    return x, y if y % 2 == 0 else P - y
-
-
 def framed(label: str, data: bytes) -> bytes:
     return bytes([len(label)]) + label.encode() + len(data).to_bytes(4, "big") + data
 
@@ -100,6 +96,14 @@ def transcript(domain: str, *fields: tuple[str, bytes]) -> bytes:
 
 def num(raw: bytes) -> int:
     return int.from_bytes(raw, "big")
+
+
+def short(raw: bytes) -> int:
+    return (num(raw[:8]) + num(raw[8:]) * LAMBDA) % N
+
+
+def weights_of(digest: bytes) -> list[int]:
+    return [short(piece) for piece in cut(digest, 16)]
 
 
 def cut(raw: bytes, size: int) -> list[bytes]:
@@ -139,8 +143,8 @@ class Known:
         fields = (*self.statement, ("presented", b"\2"), ("request", self.request))
         return transcript("hpkv/binding/v1", *fields)[:32]
 
-    def mac(self, t: int, m: Affine) -> Affine:
-        return lin((self.w, gen("Gw")), (self.x0 + self.x1 * t, u_of(t)), (self.ya, m))
+    def mac(self, t: int, u: Affine, m: Affine) -> Affine:
+        return lin((self.w, gen("Gw")), (self.x0 + self.x1 * t, u), (self.ya, m))
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +179,14 @@ def test_the_table_is_proven_as_documented(known: Known) -> None:
     k = known.prf("table", known.y.to_bytes(32, "big"))
     p = sum(r * pow(known.y + d, -1, N) for d, r in enumerate(rho, 1))
     commitments = enc(mul(k, dec(table[:33]))) + enc(mul(k * p, G))
-    assert e == num(transcript(domain, ("table", table), ("commitments", commitments))) % N
+    assert e == short(transcript(domain, ("table", table), ("commitments", commitments))[:16])
     assert s == (k + e * known.y) % N
 
 
 def test_the_credentials_presented_are_as_documented(known: Known) -> None:
     for place, raw in enumerate(known.presented):
-        a, r, t = num(raw[:4]), num(raw[4:36]), num(raw[36:68])
-        assert raw[68:] == enc(known.mac(t, lin((a, gen("Gg")), (r, gen("Gh")))))
+        a, r, t, u = num(raw[:4]), num(raw[4:36]), num(raw[36:68]), dec(raw[68:101])
+        assert raw[101:] == enc(known.mac(t, u, lin((a, gen("Gg")), (r, gen("Gh")))))
         assert enc(mul(r, gen("Gs"))) == known.request[165 * place + 132 : 165 * place + 165]
 
 
@@ -192,51 +196,58 @@ def test_the_request_is_as_documented(known: Known) -> None:
     x.append(0)
     outs = [sum(256 ** (3 - j) * x[10 + 9 * i + 5 + j] for j in range(4)) for i in (0, 1)]
     x[27] = (x[3] + x[8] + e * known.delta - sum(outs)) % N
-    commitments = b""
+    fields = (
+        ("issuer", known.issuer),
+        ("presented", b"\2"),
+        ("points", known.request[:660]),
+    )
+    digest = transcript("hpkv/request/v1", *known.statement, *fields)
+    pz, ps1, ps2, pm = weights_of(digest)
+    owned, commitments = [], b""
     for i in (0, 1):
         ca, cx0, cx1, cv, serial = points[5 * i : 5 * i + 5]
         z, z0, t, a, r = x[5 * i : 5 * i + 5]
         big_z = lin(
             (1, cv), (-known.w, gen("Gw")), (-known.x0, cx0), (-known.x1, cx1), (-known.ya, ca)
         )
-        commitments += enc(lin((z, known.i), (-e, big_z)))
+        owned += [(z * (1, pz)[i], known.i), (-e * (1, pz)[i], big_z)]
+        owned += [(r * (ps1, ps2)[i], gen("Gs")), (-e * (ps1, ps2)[i], serial)]
         commitments += enc(lin((z, gen("Gx1")), (z0, gen("Gx0")), (t, cx0), (-e, cx1)))
         commitments += enc(lin((z, gen("Ga")), (a, gen("Gg")), (r, gen("Gh")), (-e, ca)))
-        commitments += enc(lin((r, gen("Gs")), (-e, serial)))
+    attributes, digits = [], b""
     for i in (0, 1):
         m, *vs = points[10 + 5 * i : 15 + 5 * i]
         r, *both = x[10 + 9 * i : 19 + 9 * i]
         a = sum(256 ** (3 - j) * both[4 + j] for j in range(4))
-        commitments += enc(lin((a, gen("Gg")), (r, gen("Gh")), (-e, m)))
+        attributes += [(s * (1, pm)[i], b) for s, b in ((a, gen("Gg")), (r, gen("Gh")), (-e, m))]
         for j in range(4):
-            commitments += enc(lin((both[j], G), (-both[4 + j] - e * known.y, vs[j])))
-    fields = (
-        ("issuer", known.issuer),
-        ("presented", b"\2"),
-        ("points", known.request[:660]),
-        ("commitments", commitments),
-    )
-    assert e == num(transcript("hpkv/request/v1", *known.statement, *fields)) % N
+            digits += enc(lin((both[j], G), (-both[4 + j] - e * known.y, vs[j])))
+    commitments = enc(lin(*owned)) + commitments + enc(lin(*attributes)) + digits
+    digest = transcript("hpkv/request/v1", *known.statement, *fields, ("commitments", commitments))
+    assert e == short(digest[:16])
 
 
 def test_the_reply_is_as_documented(known: Known) -> None:
     binding = known.binding()
     ms = [dec(known.request[330 + 165 * i : 363 + 165 * i]) for i in (0, 1)]
     ts = [known.prf("t", binding + bytes([i])) for i in (0, 1)]
+    us = [mul(known.prf("u", binding + bytes([i])), G) for i in (0, 1)]
     macs = b"".join(
-        t.to_bytes(32, "big") + enc(known.mac(t, m)) for t, m in zip(ts, ms, strict=True)
+        t.to_bytes(32, "big") + enc(u) + enc(known.mac(t, u, m))
+        for t, u, m in zip(ts, us, ms, strict=True)
     )
     fields = [("issuer", known.issuer), ("request", binding), ("macs", macs)]
     seed = transcript("hpkv/issuance/v1", *fields)
     w, wp, x0, x1, ya = k = [known.prf("nonce", seed + bytes([i])) for i in range(5)]
-    commitments = b"".join(
-        enc(lin((w, gen("Gw")), (x0 + x1 * t, u_of(t)), (ya, m)))
-        for t, m in zip(ts, ms, strict=True)
-    )
+    p = weights_of(seed)[0]
+    mixed = [(w, gen("Gw"))]
+    for share, t, u, m in zip((p, 1 - p), ts, us, ms, strict=True):
+        mixed += [(share * (x0 + x1 * t), u), (share * ya, m)]
+    commitments = enc(lin(*mixed))
     commitments += enc(lin((x0, gen("Gx0")), (x1, gen("Gx1")), (ya, gen("Ga"))))
     commitments += enc(lin((w, gen("Gw")), (wp, gen("Gwp"))))
     challenge = transcript("hpkv/issuance/v1", *fields, ("commitments", commitments))
-    e = num(challenge) % N
+    e = short(challenge[:16])
     key = known.w, known.wp, known.x0, known.x1, known.ya
     s = [(nonce + e * x) % N for nonce, x in zip(k, key, strict=True)]
     assert known.reply == macs + b"".join(v.to_bytes(32, "big") for v in (e, *s))
@@ -244,11 +255,11 @@ def test_the_reply_is_as_documented(known: Known) -> None:
 
 def test_the_credentials_issued_are_as_documented(known: Known) -> None:
     for place, raw in enumerate(known.issued):
-        a, r, t = num(raw[:4]), num(raw[4:36]), num(raw[36:68])
+        a, r, t, u = num(raw[:4]), num(raw[4:36]), num(raw[36:68]), dec(raw[68:101])
         m = lin((a, gen("Gg")), (r, gen("Gh")))
         assert a == 495
         assert enc(m) == known.request[330 + 165 * place : 363 + 165 * place]
-        assert raw[68:] == enc(known.mac(t, m))
-        assert raw[36:] == known.reply[65 * place : 65 * place + 65]
+        assert raw[101:] == enc(known.mac(t, u, m))
+        assert raw[36:] == known.reply[98 * place : 98 * place + 98]
     draft = bytes.fromhex(frozen()["exchange"]["draft"])
     assert draft == known.binding() + b"".join(raw[:36] for raw in known.issued)

@@ -7,7 +7,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpkvfs.protocol.group import ORDER
+from hpkvfs.protocol.group import short_scalar
 from hpkvfs.protocol.transcript import Transcript
 
 fields = st.lists(st.tuples(st.text("ab", max_size=3), st.binary(max_size=4)), max_size=4)
@@ -25,7 +25,9 @@ def test_framing_is_byte_exact() -> None:
     expected = hashlib.sha512(framed).digest()
     transcript = record("d", [("a", b"\x01\x02")])
     assert transcript.digest() == expected
-    assert transcript.challenge() == int.from_bytes(expected, "big") % ORDER
+    quarters = [expected[i : i + 16] for i in range(0, 64, 16)]
+    assert transcript.weights() == tuple(map(short_scalar, quarters))
+    assert transcript.challenge() == short_scalar(expected[:16])
 
 
 @given(fields, fields)

@@ -17,7 +17,7 @@ _numbers = count(1)
 
 def credential(amount: int) -> Credential:
     """One of this amount, unlike every other."""
-    return Credential(amount, next(_numbers), next(_numbers), POINT)
+    return Credential(amount, next(_numbers), next(_numbers), POINT, POINT)
 
 
 def attempt(operation: Operation, delta: int, body: bytes = b"") -> Attempt:
