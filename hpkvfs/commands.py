@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -109,7 +110,7 @@ class Commands:
             "extents": report.extents,
             "dead": report.dead,
             "problems": report.problems,
-            "damaged": sorted(report.damaged),
+            "damaged": [asdict(damage) for damage in report.damaged],
         }
 
     async def _redeem(self, arguments: Arguments, progress: Progress) -> Result:

@@ -30,6 +30,7 @@ from hpkvfs.fs.backend import run
 from hpkvfs.fs.filesystem import Filesystem, fail
 from hpkvfs.fs.publisher import Publisher
 from hpkvfs.fs.redolog import RedoLog
+from hpkvfs.fs.shelf import Shelf
 from hpkvfs.net.cache import BlobCache
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import Dialer
@@ -72,7 +73,8 @@ class Options:
 
     publish_interval: seconds between generations while something changes; remote_durability:
     fsync waits for the server; dirty_limit: bytes that may wait to be published;
-    publish_at: dirty bytes that are published without waiting for the interval.
+    publish_at: dirty bytes that are published without waiting for the interval;
+    snapshots_shown: they are readable under `.snapshots` in the root directory.
     """
 
     publish_interval: float = 10.0
@@ -81,6 +83,7 @@ class Options:
     dirty_limit: int = 256 * MIB
     publish_at: int = 32 * MIB
     patience: float = 20.0
+    snapshots_shown: bool = True
 
 
 class Session:
@@ -422,6 +425,7 @@ class Session:
             "bytes": totals.bytes,
             "blobs_live": live,
             "blobs_dead": anchor.dead.count if anchor else 0,
+            "blobs_held": anchor.held.count + anchor.held_before if anchor else 0,
             "bytes_stored": stored,
             "amplification": round(stored / anchor.size, 3) if anchor and anchor.size else None,
             "unpublished_bytes": totals.dirty,
@@ -440,7 +444,10 @@ class Session:
 
     @staticmethod
     def _live(anchor: Anchor | None) -> int:
-        return anchor.live + len(anchor.kept) + anchor.dead.pages + 1 if anchor else 0
+        if anchor is None:
+            return 0
+        lists = anchor.dead.pages + anchor.held.pages + len(anchor.tables)
+        return anchor.live + len(anchor.kept) + lists + 1
 
 
 def _save_known(journal: Journal, known: Known) -> None:
@@ -505,6 +512,7 @@ def _build(
         journal.put_meta(_WRITER, writer)
     names = NameHash(keys.secret("names"))
     rooms: list[Session] = []
-    fs = Filesystem(volume, redo, names, clock, lambda size: rooms[0].room(size))
+    shelf = Shelf(volume, names, shown=options.snapshots_shown)
+    fs = Filesystem(shelf, redo, names, clock, lambda size: rooms[0].room(size))
     rooms.append(Session(keys, journal, store, volume, fs, writer, options, clock))
     return rooms[0]
