@@ -7,86 +7,28 @@ failed, 75 try again, 78 no or wrong settings); 2 the command line was wrong.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import secrets
-import signal
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
-import platformdirs
-import trio
 
 from hpkvd import config as settings
 from hpkvd import epochs as epoch_files
 from hpkvd import identity as identity_file
-from hpkvd import log
-from hpkvd.config import Config, ConfigError
-from hpkvd.epochs import EpochError, Epochs
-from hpkvd.handler import Handler
-from hpkvd.identity import IdentityError
-from hpkvd.ledger import LedgerBusy, LedgerError, Totals
+from hpkvd.commands import Failure, data_option, failures, json_option, load_epochs, open_ledger
+from hpkvd.commands.serve import serve, worker
+from hpkvd.config import Config
+from hpkvd.epochs import Epochs
+from hpkvd.ledger import Totals
 from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvd.payments import vouchers
-from hpkvd.service import Service
 from hpkvfs.protocol.credential import AMOUNT_LIMIT
 from hpkvfs.protocol.tariff import Tariff
 from hpkvfs.types import BLOB_SIZE
-
-MIB: Final = 2**20
-
-
-class Failure(click.ClickException):
-    """One sentence for the operator, and the exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
-
-    def show(self, file: Any = None) -> None:
-        """As every other line of ours, on standard error."""
-        click.echo(f"hpkvd: {self.message}", err=True)
-
-
-def _failures(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a command raises into one sentence and an exit code."""
-
-    @wraps(command)
-    def run(*args: Any, **options: Any) -> None:
-        try:
-            command(*args, **options)
-        except (ConfigError, EpochError, IdentityError) as error:
-            raise Failure(str(error), os.EX_CONFIG) from error
-        except LedgerBusy as error:
-            raise Failure(str(error), os.EX_TEMPFAIL) from error
-        except LedgerError as error:
-            raise Failure(str(error), os.EX_IOERR) from error
-        except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            raise Failure(f"{error.strerror or error}{where}", os.EX_IOERR) from error
-
-    return run
-
-
-def _default_data() -> Path:
-    return platformdirs.user_data_path("hpkvd")
-
-
-_data = click.option(
-    "--data",
-    metavar="DIR",
-    envvar="HPKVD_DATA",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=_default_data,
-    show_default="$HPKVD_DATA or ~/.local/share/hpkvd",
-    help="Directory of settings, keys and the ledger.",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 
 
 @click.group(
@@ -98,11 +40,15 @@ def main() -> None:
     os.umask(0o077)
 
 
+main.add_command(serve)
+main.add_command(worker)
+
+
 @main.command(
     short_help="Make a data directory.",
     epilog="Examples: hpkvd init;  hpkvd init --data /srv/hpkvd --insert 20 --refund 15",
 )
-@_data
+@data_option
 @click.option("--look-up", type=int, default=1, show_default=True, help="Tokens for a look-up.")
 @click.option("--insert", type=int, default=10, show_default=True, help="Tokens for a blob stored.")
 @click.option("--refund", type=int, default=8, show_default=True, help="Tokens back for deleting.")
@@ -110,7 +56,7 @@ def main() -> None:
               help="Tokens for a breakglass entry; it has no refund.")  # fmt: skip
 @click.option("--entry-hours", type=int, default=72, show_default=True,
               help="How long an entry can be opened after it was first opened.")  # fmt: skip
-@_failures
+@failures
 def init(
     data: Path, look_up: int, insert: int, refund: int, entry: int | None, entry_hours: int
 ) -> None:
@@ -139,79 +85,10 @@ def _make_empty(data: Path) -> None:
 
 
 @main.command(
-    short_help="Serve until SIGTERM or SIGINT.",
-    epilog="Examples: hpkvd serve;  hpkvd serve --listen 127.0.0.1:0 --data /srv/hpkvd",
-)
-@_data
-@click.option("--listen", metavar="HOST:PORT", help="Instead of the settings'; port 0 picks one.")
-@click.option("--ready-fd", type=int, metavar="N", help="Write the address to this descriptor.")
-@_failures
-def serve(data: Path, listen: str | None, ready_fd: int | None) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what is being answered."""
-    log.start()
-    config = settings.load(data)
-    host, port = settings.address(listen or config.listen)
-    epochs = _load_epochs(data)
-    if epochs.newest.tariff != config.tariff:
-        log.tell("the tariff in the settings differs from the epoch's, which stays until the next")
-    ledger = SqliteLedger(data / settings.LEDGER, reserve=config.reserve_mib * MIB)
-    try:
-        trio.run(_serve, config, epochs, ledger, host, port, partial(_announce, ready_fd))
-    finally:
-        ledger.close()
-
-
-async def _serve(
-    config: Config,
-    epochs: Epochs,
-    ledger: SqliteLedger,
-    host: str,
-    port: int,
-    announce: Callable[[str], None],
-) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        listeners = await _listen(host, port)
-        stop = trio.Event()
-        handler = Handler(epochs, ledger)
-        async with ledger.serving(), trio.open_nursery() as clockwork:
-            clockwork.start_soon(handler.keep_time)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(Service(handler.answer, config.limits).run, listeners, stop)
-                gc.freeze()  # what lives as long as the server is not worth looking at again
-                announce(_name(listeners[0]))
-                await anext(signals)
-                log.tell("stopping; the last requests are being answered")
-                stop.set()
-            clockwork.cancel_scope.cancel()
-    log.tell("stopped")
-
-
-async def _listen(host: str, port: int) -> list[trio.SocketListener]:
-    try:
-        return await trio.open_tcp_listeners(port, host=host)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        message = f"cannot listen on {host}:{port} ({reason}); choose another with --listen"
-        raise Failure(message, os.EX_UNAVAILABLE) from error
-
-
-def _name(listener: trio.SocketListener) -> str:
-    host, port, *_ = listener.socket.getsockname()
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _announce(ready_fd: int | None, address: str) -> None:
-    click.echo(f"hpkvd: listening on {address}")
-    if ready_fd is not None:
-        with open(ready_fd, "w") as ready:
-            ready.write(f"{address}\n")
-
-
-@main.command(
     short_help="Make vouchers.",
     epilog="Examples: hpkvd voucher --amount 1000;  hpkvd voucher --amount 50 --count 20",
 )
-@_data
+@data_option
 @click.option(
     "--amount", type=click.IntRange(1, AMOUNT_LIMIT - 1), required=True, help="Tokens each."
 )
@@ -222,14 +99,14 @@ def _announce(ready_fd: int | None, address: str) -> None:
     help="How many.",
     show_default=True,
 )
-@_json
-@_failures
+@json_option
+@failures
 def voucher(data: Path, amount: int, count: int, as_json: bool) -> None:
     """Make vouchers, one on each line; also while the server runs.
 
     A voucher is money to whoever reads it first, and cannot be shown again.
     """
-    ledger = _open(data)
+    ledger = open_ledger(data, settings.load(data))
     try:
         made = vouchers.make(ledger, amount, count, secrets.token_bytes)
     finally:
@@ -245,27 +122,17 @@ def voucher(data: Path, amount: int, count: int, as_json: bool) -> None:
     short_help="Tell how much is stored and spent.",
     epilog="Examples: hpkvd status;  hpkvd status --json | jq .tokens.outstanding",
 )
-@_data
-@_json
-@_failures
+@data_option
+@json_option
+@failures
 def status(data: Path, as_json: bool) -> None:
     """Tell how much is stored and spent; also while the server runs."""
-    ledger = _open(data)
+    ledger = open_ledger(data, settings.load(data))
     try:
-        report = _report(_load_epochs(data), ledger.totals())
+        report = _report(load_epochs(data), ledger.totals())
     finally:
         ledger.close()
     click.echo(json.dumps(report) if as_json else _text(report))
-
-
-def _load_epochs(data: Path) -> Epochs:
-    identity = identity_file.load(data / settings.IDENTITY)
-    return epoch_files.load(data / settings.EPOCHS, identity)
-
-
-def _open(data: Path) -> SqliteLedger:
-    settings.load(data)
-    return SqliteLedger(data / settings.LEDGER)
 
 
 def _report(epochs: Epochs, totals: Totals) -> dict[str, Any]:

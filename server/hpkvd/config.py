@@ -25,6 +25,12 @@ TEMPLATE: Final = """\
 # Where to listen. Keep it on loopback, behind a Tor onion service.
 listen = "{listen}"
 
+# Processes that answer; 0: as many as there are cores.
+workers = {workers}
+
+# Counts for Prometheus, as "127.0.0.1:9387"; "": none. docs/operator.md says what they leak.
+metrics = "{metrics}"
+
 # Free disk space, in MiB, that insertions leave for look-ups, deletions and refunds.
 reserve_mib = {reserve_mib}
 
@@ -43,6 +49,7 @@ stop_seconds = {stop_seconds}       # for the last answers when the server is st
 """
 
 T = TypeVar("T", Tariff, Limits)
+_PLAIN: Final = ("listen", "workers", "metrics", "reserve_mib")
 
 
 class ConfigError(Exception):
@@ -54,6 +61,8 @@ class Config:
     """What hpkvd.toml says."""
 
     listen: str = "127.0.0.1:7387"
+    workers: int = 0
+    metrics: str = ""
     reserve_mib: int = 64
     tariff: Tariff = field(default_factory=Tariff)
     limits: Limits = field(default_factory=Limits)
@@ -62,7 +71,7 @@ class Config:
         """The file that load reads as this."""
         tables = {one.name: getattr(self.tariff, one.name) for one in fields(Tariff)}
         tables |= {one.name: getattr(self.limits, one.name) for one in fields(Limits)}
-        return TEMPLATE.format(listen=self.listen, reserve_mib=self.reserve_mib, **tables)
+        return TEMPLATE.format(**{name: getattr(self, name) for name in _PLAIN}, **tables)
 
 
 def load(data: Path) -> Config:
@@ -90,13 +99,14 @@ def address(text: str) -> tuple[str, int]:
 def _config(table: dict[str, Any]) -> Config:
     defaults = Config()
     config = Config(
-        listen=_take(table, "listen", defaults.listen),
-        reserve_mib=_take(table, "reserve_mib", defaults.reserve_mib),
+        **{name: _take(table, name, getattr(defaults, name)) for name in _PLAIN},
         tariff=_section(table, "tariff", defaults.tariff),
         limits=_section(table, "limits", defaults.limits),
     )
     _refuse_rest(table)
     address(config.listen)
+    if config.workers < 0:
+        raise ConfigError("workers cannot be negative")
     if config.reserve_mib < 0 or config.limits.connections < 1 or config.limits.seconds <= 0:
         raise ConfigError("reserve_mib cannot be negative, nor any limit zero")
     return config

@@ -36,6 +36,7 @@ from hpkvd.ledger import (
     Verdict,
 )
 from hpkvd.log import Complaints
+from hpkvd.metrics import Meter
 from hpkvfs.protocol.credential import CredentialRequest, parse
 from hpkvfs.protocol.errors import BadProof, Malformed
 from hpkvfs.protocol.group import verify_signature
@@ -71,17 +72,28 @@ class Handler:
     """Answers requests out of the epochs in use and the ledger."""
 
     def __init__(
-        self, epochs: Epochs, ledger: Ledger, clock: Callable[[], float] = time.time
+        self,
+        epochs: Epochs,
+        ledger: Ledger,
+        clock: Callable[[], float] = time.time,
+        meter: Meter | None = None,
     ) -> None:
-        """`clock`: seconds since 1970; breakglass entries have timers, nothing else has a time."""
+        """`clock`: seconds since 1970; breakglass entries have timers, nothing else has a time.
+
+        `meter` counts what is answered.
+        """
         self._epochs = epochs
         self._ledger = ledger
         self._clock = clock
+        self._meter = meter or Meter()
         self._complaints = Complaints()
 
     async def answer(self, frame: bytes) -> bytes:
         """The reply's frame, whatever the request's bytes are; raises nothing of its own."""
-        return (await self._reply(frame)).encode()
+        start = time.perf_counter()
+        reply = await self._reply(frame)
+        self._meter.answered(reply, time.perf_counter() - start)
+        return reply.encode()
 
     async def _reply(self, frame: bytes) -> Reply:
         try:

@@ -56,7 +56,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        arguments = ("serve", "--data", self.data, "--listen", self.address)
+        arguments = ("serve", "--workers", "0", "--data", self.data, "--listen", self.address)
         self.process = subprocess.Popen(
             command("hpkvd", *arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
         )

@@ -226,14 +226,16 @@ def hpkvd(*arguments: str, data: Path, timeout: float = 20) -> subprocess.Comple
 
 
 class ServerProcess:
-    """`hpkvd serve` in a process of its own, on a port of its own."""
+    """`hpkvd serve` in a process of its own, on a port of its own; by default without workers."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, *options: str, workers: int = 0) -> None:
         self.data = data
+        self._options = ["--workers", str(workers), *options]
         self._start()
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "hpkvd", "serve", "--listen", "127.0.0.1:0"]
+        command += self._options
         environment = os.environ | {
             "PYTHONPATH": f"{ROOT}:{ROOT / 'server'}",
             "HPKVD_DATA": str(self.data),

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,14 +77,22 @@ class Customer:
     pending: tuple[Purchase, SigningKey, bytes] | None = None
     failure: BaseException | None = None
 
-    def shop(self, server: ServerProcess) -> None:
+    def shop(self, server: ServerProcess, going: Callable[[], bool] = lambda: True) -> None:
         try:
-            while True:
-                self.step(server)
+            while going():
+                if self.pending is None:
+                    self.step(server)
+                else:
+                    self.again(server)
         except (OSError, Malformed):
             pass  # the server died
         except BaseException as error:
             self.failure = error
+
+    def again(self, server: ServerProcess) -> None:
+        """Ask once more for what was not answered, as it was."""
+        if self.pending is not None:
+            self.settle(server.ask(self.pending[0].frame))
 
     def step(self, server: ServerProcess) -> None:
         if len(self.stored) > 3:
@@ -124,8 +132,7 @@ def test_after_kill_9_nothing_acknowledged_is_lost_nor_spent_twice(server: Serve
         server.restart()
         for one in customers:
             assert one.failure is None
-            if one.pending is not None:
-                one.settle(server.ask(one.pending[0].frame))
+            one.again(server)
     books = status(server)
     assert books["tokens"]["issued"] == sold * len(customers)
     assert books["tokens"]["outstanding"] == sum(one.purse.amount for one in customers)

@@ -36,7 +36,7 @@ def local_server(data: Path) -> Iterator[Server]:
     """Set up a server in an empty directory, run it on a free port, stop it at the end."""
     _hpkvd("init", "--data", str(data))
     reading, writing = os.pipe()
-    command = ["serve", "--data", str(data), "--listen", "127.0.0.1:0"]
+    command = ["serve", "--workers", "0", "--data", str(data), "--listen", "127.0.0.1:0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "hpkvd", *command, "--ready-fd", str(writing)],
         pass_fds=[writing],

@@ -1,0 +1,85 @@
+"""What every command has: the data directory, and failures of one sentence with an exit code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import platformdirs
+
+from hpkvd import config as settings
+from hpkvd import epochs as epoch_files
+from hpkvd import identity as identity_file
+from hpkvd.config import Config, ConfigError
+from hpkvd.epochs import EpochError, Epochs
+from hpkvd.identity import IdentityError
+from hpkvd.ledger import LedgerBusy, LedgerError
+from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.supervisor import WorkerFailed
+
+MIB: Final = 2**20
+
+
+class Failure(click.ClickException):
+    """One sentence for the operator, and the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+    def show(self, file: Any = None) -> None:
+        """As every other line of ours, on standard error."""
+        click.echo(f"hpkvd: {self.message}", err=True)
+
+
+def failures(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a command raises into one sentence and an exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except (ConfigError, EpochError, IdentityError) as error:
+            raise Failure(str(error), os.EX_CONFIG) from error
+        except LedgerBusy as error:
+            raise Failure(str(error), os.EX_TEMPFAIL) from error
+        except LedgerError as error:
+            raise Failure(str(error), os.EX_IOERR) from error
+        except WorkerFailed as error:
+            raise Failure(str(error), error.code if error.code > 0 else os.EX_SOFTWARE) from error
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise Failure(f"{error.strerror or error}{where}", os.EX_IOERR) from error
+
+    return run
+
+
+def _default_data() -> Path:
+    return platformdirs.user_data_path("hpkvd")
+
+
+data_option = click.option(
+    "--data",
+    metavar="DIR",
+    envvar="HPKVD_DATA",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=_default_data,
+    show_default="$HPKVD_DATA or ~/.local/share/hpkvd",
+    help="Directory of settings, keys and the ledger.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+
+
+def load_epochs(data: Path) -> Epochs:
+    """The epochs of a data directory, with its identity; EpochError, IdentityError."""
+    identity = identity_file.load(data / settings.IDENTITY)
+    return epoch_files.load(data / settings.EPOCHS, identity)
+
+
+def open_ledger(data: Path, config: Config) -> SqliteLedger:
+    """The ledger that the settings name; LedgerError."""
+    return SqliteLedger(data / settings.LEDGER, reserve=config.reserve_mib * MIB)

@@ -1,0 +1,242 @@
+"""`hpkvd serve`: sockets, parent, workers, signals, and what the service manager is told.
+
+SIGTERM, SIGINT   no new connections; answer what was asked; end with 0
+SIGHUP            replace the workers one by one, with new settings and epochs
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import click
+import trio
+
+from hpkvd import config as settings
+from hpkvd import log, loopback, serving, supervisor, systemd
+from hpkvd.commands import Failure, data_option, failures, load_epochs, open_ledger
+from hpkvd.config import Config, ConfigError
+from hpkvd.handler import Handler
+from hpkvd.metrics import Board, Meter
+from hpkvd.serving import Address
+from hpkvd.supervisor import Channel, Supervisor
+
+
+@click.command(
+    short_help="Serve until SIGTERM or SIGINT.",
+    epilog="Examples: hpkvd serve;  hpkvd serve --listen 127.0.0.1:0 --workers 4",
+)
+@data_option
+@click.option("--listen", metavar="HOST:PORT", help="Instead of the settings'; port 0 picks one.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Processes that answer; by default as many as there are cores. 0: this one, which"
+    " nobody restarts.",
+)
+@click.option("--metrics", metavar="HOST:PORT", help="Counts for Prometheus; loopback only.")
+@click.option("--ready-fd", type=int, metavar="N", help="Write the address to this descriptor.")
+@failures
+def serve(
+    data: Path, listen: str | None, workers: int | None, metrics: str | None, ready_fd: int | None
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is being answered.
+
+    SIGHUP brings new settings and epochs into use without a pause. Sockets of systemd are used
+    instead of --listen when it passes any.
+    """
+    log.start()
+    config = settings.load(data)
+    epochs = load_epochs(data)
+    if epochs.newest.tariff != config.tariff:
+        log.tell("the tariff in the settings differs from the epoch's, which stays until the next")
+    open_ledger(data, config).close()  # say now what is wrong with it, and once
+    page_address = _metrics_address(metrics or config.metrics)
+    sockets = systemd.take_sockets() or _bind(Address(*settings.address(listen or config.listen)))
+    announce = partial(_announce, ready_fd, serving.name(sockets[0]))
+    count = config.workers or supervisor.cores() if workers is None else workers
+    if count == 0:
+        trio.run(_alone, data, config, sockets, page_address, announce)
+    else:
+        trio.run(_supervise, data, config, sockets, count, page_address, announce)
+    log.tell("stopped")
+
+
+@click.command(hidden=True)
+@data_option
+@click.option("--socket", "fds", type=int, multiple=True, required=True)
+@click.option("--channel", "channel_fd", type=int, required=True)
+@failures
+def worker(data: Path, fds: Sequence[int], channel_fd: int) -> None:
+    """One of the processes of `hpkvd serve`; not for people."""
+    log.start()
+    sockets = [socket.socket(fileno=fd) for fd in fds]
+    trio.run(_work, data, settings.load(data), sockets, channel_fd)
+
+
+async def _supervise(
+    data: Path,
+    config: Config,
+    sockets: Sequence[socket.socket],
+    count: int,
+    page_address: Address | None,
+    announce: Callable[[], None],
+) -> None:
+    patience = config.limits.stop_seconds + 5
+    command = supervisor.command("worker", "--data", str(data))
+    parent = Supervisor(command, sockets, count, stop_seconds=patience)
+    stop = trio.Event()
+
+    def ready() -> None:
+        announce()
+        _tell_ready(f"{count} workers")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_signals, stop, parent.reload)
+        nursery.start_soon(_watchdog)
+        nursery.start_soon(_metrics, page_address, parent.board, lambda: parent.workers)
+        failure = await parent.run(stop, ready)
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _alone(
+    data: Path,
+    config: Config,
+    sockets: Sequence[socket.socket],
+    page_address: Address | None,
+    announce: Callable[[], None],
+) -> None:
+    meter, board, stop = Meter(), Board(), trio.Event()
+
+    def ready() -> None:
+        announce()
+        _tell_ready("no workers")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_signals, stop, None)
+        nursery.start_soon(_watchdog)
+        nursery.start_soon(_metrics, page_address, board, lambda: 1, meter)
+        await _answer(data, config, sockets, meter, stop, ready)
+        nursery.cancel_scope.cancel()
+
+
+async def _work(
+    data: Path, config: Config, sockets: Sequence[socket.socket], channel_fd: int
+) -> None:
+    meter, stop, ready = Meter(), trio.Event(), trio.Event()
+    channel = Channel(channel_fd, meter.snapshot)
+
+    async def follow_parent() -> None:
+        await channel.parent_gone()
+        stop.set()
+
+    async def report() -> None:
+        await ready.wait()
+        await channel.report()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_signals, stop, None, True)
+        nursery.start_soon(follow_parent)
+        nursery.start_soon(report)
+        await _answer(data, config, sockets, meter, stop, ready.set)
+        nursery.cancel_scope.cancel()
+
+
+async def _answer(
+    data: Path,
+    config: Config,
+    sockets: Sequence[socket.socket],
+    meter: Meter,
+    stop: trio.Event,
+    ready: Callable[[], None],
+) -> None:
+    ledger = open_ledger(data, config)
+    try:
+        async with ledger.serving():
+            handler = Handler(load_epochs(data), ledger, meter=meter)
+            await serving.answer(sockets, handler, config.limits, stop, ready)
+    finally:
+        ledger.close()
+
+
+async def _signals(
+    stop: trio.Event, reload: Callable[[], Awaitable[None]] | None, quiet: bool = False
+) -> None:
+    signals = trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    with signals as received:
+        async with trio.open_nursery() as reloading:
+            async for number in received:
+                if number != signal.SIGHUP:
+                    break
+                if reload is not None:
+                    reloading.start_soon(_reload, reload)
+            reloading.cancel_scope.cancel()
+        if not quiet:
+            log.tell("stopping; the last requests are being answered")
+            systemd.notify("STOPPING=1")
+        stop.set()
+        await trio.sleep_forever()  # asking once is enough
+
+
+async def _reload(reload: Callable[[], Awaitable[None]]) -> None:
+    systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    await reload()
+    systemd.notify("READY=1")
+
+
+async def _watchdog() -> None:
+    every = systemd.watchdog_seconds()
+    while every is not None:
+        systemd.notify("WATCHDOG=1")
+        await trio.sleep(every)
+
+
+async def _metrics(
+    address: Address | None, board: Board, workers: Callable[[], int], own: Meter | None = None
+) -> None:
+    def page() -> str:
+        if own is not None:
+            board.update(os.getpid(), own.snapshot())
+        return board.page({"hpkvd_workers": workers()})
+
+    if address is not None:
+        await loopback.serve_page(address.host, address.port, page)
+
+
+def _metrics_address(text: str) -> Address | None:
+    if not text:
+        return None
+    address = Address(*settings.address(text))
+    if not loopback.is_loopback(address.host):
+        raise ConfigError(
+            f"metrics are served on loopback only, not on {text}; write 127.0.0.1:9387"
+        )
+    return address
+
+
+def _bind(address: Address) -> list[socket.socket]:
+    try:
+        return serving.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"cannot listen on {address} ({reason}); choose another with --listen"
+        raise Failure(message, os.EX_UNAVAILABLE) from error
+
+
+def _announce(ready_fd: int | None, address: str) -> None:
+    click.echo(f"hpkvd: listening on {address}")
+    if ready_fd is not None:
+        with open(ready_fd, "w") as ready:
+            ready.write(f"{address}\n")
+
+
+def _tell_ready(status: str) -> None:
+    systemd.notify("READY=1", f"STATUS=answering, {status}")

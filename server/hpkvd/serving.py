@@ -1,0 +1,90 @@
+"""One process that answers: the listeners, the handler, the ledger's writer, from start to drain.
+
+It runs alone (`hpkvd serve --workers 1`) or as one of several workers under supervisor.py; they
+share the listening sockets, so a connection that waits in the kernel is taken by whoever has
+time, and outlives the death of any of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from hpkvd.service import Limits, Service
+
+
+class Handles(Protocol):
+    """What answers: handler.Handler."""
+
+    async def answer(self, frame: bytes) -> bytes:
+        """One reply's frame for one request's."""
+        ...
+
+    async def keep_time(self) -> None:
+        """What is due by the hour; until cancelled."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def bind(address: Address) -> list[socket.socket]:
+    """Listening sockets for an address, one for each family it has; OSError."""
+    found = socket.getaddrinfo(
+        address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    sockets: list[socket.socket] = []
+    try:
+        for family, _, _, _, where in dict.fromkeys(found):
+            one = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(one)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.bind(where)
+            one.listen(socket.SOMAXCONN)
+    except OSError:
+        for one in sockets:
+            one.close()
+        raise
+    return sockets
+
+
+def name(listening: socket.socket) -> str:
+    """The address of a listening socket; for a Unix socket, its path."""
+    if listening.family == socket.AF_UNIX:
+        return os.fsdecode(listening.getsockname())
+    host, port, *_ = listening.getsockname()
+    return str(Address(host, port))
+
+
+async def answer(
+    sockets: Sequence[socket.socket],
+    handler: Handles,
+    limits: Limits,
+    stop: trio.Event,
+    ready: Callable[[], None],
+) -> None:
+    """Answer on these sockets until `stop`, then finish what was asked. They are closed then."""
+    listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in sockets]
+    async with trio.open_nursery() as clockwork:
+        clockwork.start_soon(handler.keep_time)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Service(handler.answer, limits).run, listeners, stop)
+            gc.freeze()  # what lives as long as the server is not worth looking at again
+            ready()
+        clockwork.cancel_scope.cancel()

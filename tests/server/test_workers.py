@@ -1,0 +1,259 @@
+"""Several processes on one socket: killed, replaced, reloaded, drained, watched."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from hpkvd import supervisor
+from hpkvd.supervisor import Supervisor
+from hpkvfs.protocol.messages import Parameters, ParametersRequest, decode_reply
+from tests.server.support import ROOT, ServerProcess, hpkvd, new_blob, new_key, read_all
+from tests.server.test_process import Customer, check_acknowledged, funded, status
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    assert hpkvd("init", data=tmp_path / "data").returncode == 0
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def server(data: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(data, workers=2) as server:
+        yield server
+
+
+def children(server: ServerProcess) -> set[int]:
+    found: set[int] = set()
+    for listed in Path(f"/proc/{server.process.pid}/task").glob("*/children"):
+        found.update(map(int, listed.read_text().split()))
+    return found
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
+
+
+def test_a_worker_killed_under_load_loses_nothing_and_is_replaced(server: ServerProcess) -> None:
+    customers = [Customer(funded(server, 10_000)) for _ in range(3)]
+    running = True
+
+    def shop(one: Customer) -> None:
+        """As a client does: what was not answered is sent again as it was."""
+        while running and one.failure is None:
+            one.shop(server, lambda: running)
+
+    threads = [threading.Thread(target=shop, args=(one,), daemon=True) for one in customers]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        before = children(server)
+        os.kill(min(before), signal.SIGKILL)
+        until(lambda before=before: len(children(server) - before) == 1)
+        answered = sum(len(one.acknowledged) for one in customers)
+        until(lambda enough=answered + 5: sum(len(o.acknowledged) for o in customers) >= enough)
+    running = False
+    for thread in threads:
+        thread.join()
+    for one in customers:
+        assert one.failure is None
+        one.again(server)
+    books = status(server)
+    assert books["tokens"]["outstanding"] == sum(one.purse.amount for one in customers)
+    assert books["blobs"] == sum(len(one.stored) for one in customers)
+    for one in customers:
+        check_acknowledged(server, one)
+    code, told = server.stop()
+    assert code == 0
+    assert "a worker ended (killed by SIGKILL); starting another" in told
+    assert told.count("; starting another") + told.count("; trying again in") == 3
+
+
+def test_reloading_replaces_the_workers_and_nobody_is_turned_away(server: ServerProcess) -> None:
+    before, served, running = children(server), 0, True
+
+    def ask() -> None:
+        nonlocal served
+        while running:
+            server.parameters()
+            served += 1
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: len(children(server)) == 2 and not children(server) & before)
+    running = False
+    thread.join()
+    assert served > 10
+    code, told = server.stop()
+    assert (code, "reloaded" in told) == (0, True)
+
+
+def test_settings_that_are_wrong_do_not_get_in_by_reloading(server: ServerProcess) -> None:
+    before = children(server)
+    (server.data / "hpkvd.toml").write_text("lisen = 3")
+    server.process.send_signal(signal.SIGHUP)
+    assert server.process.stderr is not None
+    lines = [server.process.stderr.readline() for _ in range(2)]
+    assert "no setting `lisen`" in lines[0]
+    assert "the old ones go on" in lines[1]
+    server.parameters()
+    until(lambda: children(server) == before)
+
+
+def test_stopping_answers_what_was_asked_of_every_worker(server: ServerProcess) -> None:
+    purses = [funded(server, 100) for _ in range(4)]
+    asked = []
+    for purse in purses:
+        purchase = purse.insert(new_key().public, new_blob())
+        connection = socket.create_connection(server.address, timeout=10)
+        connection.sendall(purchase.frame)
+        asked.append((purse, purchase, connection))
+    time.sleep(0.1)
+    code, told = server.stop()
+    for purse, purchase, connection in asked:
+        with connection:
+            purse.settle(purchase, decode_reply(read_all(connection)))
+    assert code == 0
+    assert told == "hpkvd: stopping; the last requests are being answered\nhpkvd: stopped\n"
+
+
+def test_workers_do_not_outlive_their_parent(server: ServerProcess) -> None:
+    workers = children(server)
+    server.kill()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+STUB = """
+import os, signal, socket, sys
+channel = socket.socket(fileno=int(sys.argv[sys.argv.index("--channel") + 1]))
+channel.send(b'{"stubs": 1}')
+signal.pause()
+"""
+
+
+async def test_a_worker_that_falls_silent_is_ended_and_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "HANG_SECONDS", 0.2)
+    parent = Supervisor([sys.executable, "-c", STUB], [], 1, stop_seconds=5)
+    stop, ready = trio.Event(), trio.Event()
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parent.run, stop, ready.set)
+            await ready.wait()
+            while parent.board.died < 2:
+                await trio.sleep(0.02)
+            stop.set()
+    assert parent.workers == 0
+    assert parent.board.total()["stubs"] >= 2
+
+
+async def test_workers_that_cannot_start_are_told_of_by_their_code() -> None:
+    parent = Supervisor([sys.executable, "-c", "raise SystemExit(78)"], [], 2, stop_seconds=5)
+    with trio.fail_after(20):
+        failure = await parent.run(trio.Event(), lambda: pytest.fail("not ready"))
+    assert failure is not None
+    assert failure.code == 78
+
+
+def scrape(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+        text: str = page.read().decode()
+    return text
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def test_the_counts_are_of_all_workers_and_coarse(data: Path) -> None:
+    port = free_port()
+    with ServerProcess(data, "--metrics", f"127.0.0.1:{port}", workers=2) as server:
+        purse = funded(server, 100)
+        key = new_key()
+        purse.settle(purchase := purse.insert(key.public, new_blob()), server.ask(purchase.frame))
+        for _ in range(150):
+            server.parameters()
+        until(lambda: 'operation="parameters"} 100\n' in scrape(port))
+        page = scrape(port)
+        # One insertion and one voucher are nobody's business.
+        assert 'operation="insert"} 0\n' in page
+        assert 'operation="issue"} 0\n' in page
+        assert "hpkvd_workers 2\n" in page
+        bounds = re.findall(r'answer_seconds_bucket\{le="([^"]+)"\} (\d+)', page)
+        assert [float(bound) for bound, _ in bounds] == sorted(float(bound) for bound, _ in bounds)
+        assert key.public.hex() not in page
+        victim = min(children(server))
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: "hpkvd_workers_died_total 1\n" in scrape(port))
+        assert 'operation="parameters"} 100\n' in scrape(port)
+
+
+def test_metrics_for_the_world_are_refused(data: Path) -> None:
+    result = hpkvd("serve", "--metrics", "0.0.0.0:9387", data=data)
+    assert result.returncode == os.EX_CONFIG
+    assert "loopback" in result.stderr
+
+
+def test_a_service_manager_passes_the_socket_and_is_told(data: Path, tmp_path: Path) -> None:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+        socket.create_server(("127.0.0.1", 0)) as listening,
+    ):
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        script = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3);"
+            "os.environ['LISTEN_PID'] = str(os.getpid());"
+            "os.environ['WATCHDOG_PID']=str(os.getpid());"
+            "os.execv(sys.executable, [sys.executable, '-m', 'hpkvd', 'serve', '--workers', '2',"
+            " '--data', sys.argv[2]])"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(listening.fileno()), str(data)],
+            env=os.environ
+            | {
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'server'}",
+                "NOTIFY_SOCKET": str(tmp_path / "notify"),
+                "LISTEN_FDS": "1",
+                "WATCHDOG_USEC": "400000",
+            },
+            pass_fds=[listening.fileno()],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            told = [manager.recv(1000).decode()]
+            while "READY=1" not in told[-1]:
+                told.append(manager.recv(1000).decode())
+            told.append(manager.recv(1000).decode())
+            assert told[-1] == "WATCHDOG=1"
+            with socket.create_connection(listening.getsockname(), timeout=10) as connection:
+                connection.sendall(ParametersRequest().encode())
+                assert isinstance(decode_reply(read_all(connection)), Parameters)
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
+        manager.settimeout(0.1)
+        while (last := manager.recv(1000).decode()) == "WATCHDOG=1":
+            pass
+        assert last == "STOPPING=1"
