@@ -53,14 +53,41 @@ def _checked(result: Result) -> str:
         f"generation {result['generation']}: {result['files']:,} files, {result['nodes']:,} nodes,"
         f" {result['extents']:,} extents, {result['dead']:,} dead blobs"
     )
-    problems = result["problems"] + [_damage(damage) for damage in result["damaged"]]
+    problems = result["problems"] + [f"inode {ino} is damaged" for ino in result["damaged"]]
     return "\n".join([found, *problems, "" if problems else "no problems"]).rstrip()
 
 
-def _damage(damage: Result) -> str:
-    where = f"snapshot {damage['snapshot']}: " if damage["snapshot"] else ""
-    ranges = ", ".join(f"{start}-{end - 1}" for start, end in damage["ranges"])
-    return f"{where}{damage['path']} is damaged: " + (f"bytes {ranges}" if ranges else "all of it")
+@click.command(
+    epilog="""\b
+Examples:
+  hpkvfs keepalive                       run this every day or so: see --install-timer
+  hpkvfs keepalive --now                 do not wait for the time that was drawn
+  hpkvfs keepalive --install-timer       have systemd run it
+"""
+)
+@click.option("--now", is_flag=True, help="Store the entry now, whatever its time is.")
+@click.option("--install-timer", is_flag=True, help="Install and start a systemd user timer.")
+@json_option
+@pass_settings
+def keepalive(settings: Settings, now: bool, install_timer: bool, as_json: bool) -> None:
+    """Keep the tokens safe to recover from the words.
+
+    Stores the vault's breakglass entry once in each epoch of the server, at a time drawn at
+    random. A mounted vault does so by itself; this is for those that are rarely mounted.
+    """
+    if install_timer:
+        from hpkvfs import timer
+
+        for line in timer.install(settings):
+            click.echo(line)
+        return
+    result = settings.perform("keepalive", {"now": now}, "keeping alive")
+    show(result, as_json, _kept_alive)
 
 
-COMMANDS = (status, gc, fsck)
+def _kept_alive(result: Result) -> str:
+    done = "the breakglass entry was stored" if result["stored"] else "nothing was due"
+    return f"{done}; {ui.recovery(result)}"
+
+
+COMMANDS = (status, gc, fsck, keepalive)

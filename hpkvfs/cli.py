@@ -189,8 +189,9 @@ def _show_words(text: str, words_file: Path | None) -> None:
 @main.command(
     epilog="""\b
 Examples:
+  hpkvfs recover ~/vault                   asks for the words, then mounts
+  hpkvfs recover --seed words.txt
   hpkvfs recover --seed words.txt --voucher-file voucher.txt
-  hpkvfs recover --voucher-file voucher.txt ~/vault       asks for the words, then mounts
   hpkvfs --state /tmp/second recover --seed - --no-password < words.txt
 """
 )
@@ -217,8 +218,8 @@ def recover(
 ) -> None:
     """Bring a vault back from its words, into a state directory that has none.
 
-    Finding the newest generation takes a few tokens, so give a voucher. When it was cut short,
-    run it again. With DIR, the vault is then mounted there.
+    The tokens that it takes come from the vault's breakglass entry; when that is gone, or empty,
+    give a voucher. When it was cut short, run it again. With DIR, the vault is then mounted there.
     """
     address = settings.address(server)
     from hpkvfs import mount
@@ -248,21 +249,42 @@ def _create_or_resume(
         password = _new_password(settings, no_password)
         state.create(keys, server, password, token_bytes, new=False)
     elif state.fingerprint != keys.fingerprint:
+        _take_along(settings, state, keys)
+    elif state.server != server:
+        state.set_server(server)
+
+
+def _take_along(settings: Settings, state: StateDirectory, keys: VaultKeys) -> None:
+    """Other words than last time: go on with these, if there was no vault for those."""
+    from hpkvfs import mount
+
+    try:
+        if state.is_new:
+            raise VaultError("a vault began here")
+        password = settings.password(state)
+        mount.take_along(state, state.unlock(password), keys, password)
+    except VaultError as error:
         raise VaultError(
             f"the vault in {state.path} has other words, or another passphrase",
             "name another directory with --state",
-        )
-    elif state.server != server:
-        state.set_server(server)
+        ) from error
 
 
 def _recovered(result: Result) -> str:
     orphans = result["orphans"]
     found = f"; {orphans} blobs of an unfinished publication will be collected" if orphans else ""
-    return (
+    lines = [
         f"recovered generation {result['generation']}: {result['files']:,} files with"
         f" {ui.size(result['bytes'])}{found}"
-    )
+    ]
+    if result["tokens_gained"]:
+        lines.append(f"{result['tokens_gained']:,} tokens came from the breakglass entry")
+    if result["tokens_lost"]:
+        lines.append(
+            f"{result['tokens_lost']:,} tokens of the breakglass entry were spent since: by the"
+            " machine that is lost, or where the vault was recovered before"
+        )
+    return "\n".join(lines)
 
 
 # -- tokens ----------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -66,6 +65,7 @@ class Commands:
             "gc": self._gc,
             "fsck": self._fsck,
             "redeem": self._redeem,
+            "keepalive": self._keepalive,
         }
 
     async def run(self, name: str, arguments: Arguments, progress: Progress) -> Result:
@@ -110,8 +110,11 @@ class Commands:
             "extents": report.extents,
             "dead": report.dead,
             "problems": report.problems,
-            "damaged": [asdict(damage) for damage in report.damaged],
+            "damaged": sorted(report.damaged),
         }
+
+    async def _keepalive(self, arguments: Arguments, progress: Progress) -> Result:
+        return await self.session.keepalive(now=bool(arguments.get("now")))
 
     async def _redeem(self, arguments: Arguments, progress: Progress) -> Result:
         amount = await self.session.redeem(str(arguments["voucher"]))

@@ -50,6 +50,10 @@ class NoState(VaultError):
     """There is no vault in the state directory."""
 
 
+class NothingThere(VaultError):
+    """The server has no generation of this vault."""
+
+
 class SecondWriter(VaultError):
     """Another client published a generation we did not know of."""
 
@@ -80,6 +84,10 @@ class Misbehaviour(StoreError):
     """An answer that no honest server gives."""
 
     exit_code = 5
+
+
+class SpentElsewhere(Misbehaviour):
+    """Tokens of this wallet were spent by a request that it did not make."""
 
 
 class CorruptBlob(Misbehaviour):

@@ -29,13 +29,24 @@ from typing import Any, Final, TypeVar
 import trio
 
 from hpkvfs import commands
+from hpkvfs.breakglass import Found
 from hpkvfs.commands import Arguments, Commands, Result, ungrouped
 from hpkvfs.control import Progress, no_progress
-from hpkvfs.errors import HpkvError, Misbehaviour, SecondWriter, StoreError, Unreachable, UserError
+from hpkvfs.errors import (
+    EmptyWallet,
+    HpkvError,
+    Misbehaviour,
+    NothingThere,
+    SecondWriter,
+    StoreError,
+    Unreachable,
+    UserError,
+)
 from hpkvfs.net.transport import Dialer
 from hpkvfs.session import Options, Session, open_session
 from hpkvfs.state import StateDirectory
 from hpkvfs.volume.keys import VaultKeys
+from hpkvfs.wallet import journal
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +54,8 @@ T = TypeVar("T")
 
 PROBE_SECONDS: Final = 5.0
 STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-NEEDS_NO_TREE: Final = ("status", "balance", "redeem")
+NEEDS_NO_TREE: Final = ("status", "balance", "redeem", "keepalive")
+ENOUGH: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +120,10 @@ async def perform(vault: Vault, name: str, arguments: Arguments, progress: Progr
 
 
 async def recover(vault: Vault, voucher: str | None) -> Result:
-    """Bring a vault back from its keys alone; VaultError when the server has none of it.
+    """Bring a vault back from its keys alone; NothingThere when the server has none of it.
 
+    Tokens come from the breakglass entry first. The voucher is redeemed before anything is
+    looked up only if there are none, since then it is not known yet whether there is a vault.
     When it was cut short, calling it again with the same voucher goes on.
     """
     async with opened(vault, Options()) as session:
@@ -118,10 +132,27 @@ async def recover(vault: Vault, voucher: str | None) -> Result:
                 f"the vault in {vault.state.path} is here already", "mount it with hpkvfs mount"
             )
         await _probe(vault.dialer)
+        await session.connect()
+        found = await session.breakglass.recover()
+        if voucher is not None and not session.store.balance.total:
+            await session.redeem(voucher)
+            voucher = None
+        try:
+            generation, orphans = await session.recover(found.generation if found else None)
+        except EmptyWallet as error:
+            raise _what_to_buy(found) from error
+        except NothingThere as error:
+            raise _nothing_there(vault, session, error) from error
         if voucher is not None:
             await _redeem_again(session, voucher)
-        generation, orphans = await session.recover()
-        return {"generation": generation, "orphans": orphans, **session.status()}
+        return {
+            "generation": generation,
+            "orphans": orphans,
+            "entry": found is not None,
+            "tokens_gained": found.gained if found else 0,
+            "tokens_lost": found.lost if found else 0,
+            **session.status(),
+        }
 
 
 async def _redeem_again(session: Session, voucher: str) -> None:
@@ -131,6 +162,47 @@ async def _redeem_again(session: Session, voucher: str) -> None:
     except UserError:
         if not session.store.balance.total:
             raise
+
+
+def _what_to_buy(found: Found | None) -> EmptyWallet:
+    """Say why there are no tokens, and how many it takes."""
+    hint = (
+        f"buy a voucher from the server's operator, {ENOUGH} tokens will do,"
+        " and give it with --voucher-file"
+    )
+    if found is None:
+        return EmptyWallet("there are no tokens to recover with, and no breakglass entry", hint)
+    if found.lost:
+        return EmptyWallet(
+            f"the {found.lost:,} tokens of the breakglass entry were spent since: by the machine"
+            " that is lost, or where the vault was recovered before",
+            hint,
+        )
+    return EmptyWallet("the breakglass entry has too few tokens to recover with", hint)
+
+
+def _nothing_there(vault: Vault, session: Session, error: NothingThere) -> NothingThere:
+    tokens = session.store.balance.total
+    if not tokens:
+        return error
+    return NothingThere(
+        f"{error.message}, and their passphrase; {tokens:,} tokens are kept in {vault.state.path}",
+        "look at the words, the passphrase and --server, and recover again: it goes on with them",
+    )
+
+
+def take_along(
+    state: StateDirectory, old: VaultKeys, keys: VaultKeys, password: str | None
+) -> None:
+    """Give a state directory that found nothing for its words other words, tokens and all.
+
+    VaultError, and nothing changed, when it has a vault after all.
+    """
+    with state.locked():
+        wallet = state.other_wallet
+        secret, rng = keys.secret("wallet"), secrets.token_bytes
+        journal.reseal(state.wallet, old.secret("wallet"), wallet, secret, rng)
+        state.change_keys(keys, password, wallet, secrets.token_bytes)
 
 
 # -- mounted ---------------------------------------------------------------------------------

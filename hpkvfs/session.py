@@ -20,17 +20,17 @@ from typing import Any
 import msgpack
 import trio
 
+from hpkvfs.breakglass import Breakglass
 from hpkvfs.errors import (
     CorruptBlob,
     HpkvError,
+    NothingThere,
     SecondWriter,
-    VaultError,
 )
 from hpkvfs.fs.backend import run
 from hpkvfs.fs.filesystem import Filesystem, fail
 from hpkvfs.fs.publisher import Publisher
 from hpkvfs.fs.redolog import RedoLog
-from hpkvfs.fs.shelf import Shelf
 from hpkvfs.net.cache import BlobCache
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import Dialer
@@ -53,14 +53,13 @@ from hpkvfs.volume.blob import Sealer
 from hpkvfs.volume.items import Clock, NameHash
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.volume.volume import Known, MissingExtent, Volume
-from hpkvfs.wallet.journal import Journal, Receipt
+from hpkvfs.wallet.journal import KNOWN, Journal, Receipt
 
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 PROBE_GAP = 32
 RESERVED_BLOBS = 16
-_KNOWN = "known"
 _WRITER = "writer"
 
 Progress = Callable[[int, int], None]
@@ -73,8 +72,7 @@ class Options:
 
     publish_interval: seconds between generations while something changes; remote_durability:
     fsync waits for the server; dirty_limit: bytes that may wait to be published;
-    publish_at: dirty bytes that are published without waiting for the interval;
-    snapshots_shown: they are readable under `.snapshots` in the root directory.
+    publish_at: dirty bytes that are published without waiting for the interval.
     """
 
     publish_interval: float = 10.0
@@ -83,7 +81,6 @@ class Options:
     dirty_limit: int = 256 * MIB
     publish_at: int = 32 * MIB
     patience: float = 20.0
-    snapshots_shown: bool = True
 
 
 class Session:
@@ -99,8 +96,10 @@ class Session:
         writer: bytes,
         options: Options,
         clock: Clock,
+        breakglass: Breakglass,
     ) -> None:
         self.keys = keys
+        self.breakglass = breakglass
         self.store = store
         self.volume = volume
         self.options = options
@@ -206,37 +205,45 @@ class Session:
             return replayed
         return self._fs.start(anchor.next_ino, anchor.size, anchor.files, anchor.redo)
 
-    async def recover(self) -> tuple[Generation, int]:
+    async def recover(self, floor: Generation | None = None) -> tuple[Generation, int]:
         """Come back from the words alone: (newest generation, orphans found).
 
-        For a state directory that knows no generation. VaultError when the server has none.
+        For a state directory that knows no generation. `floor`: see `find`. VaultError when the
+        server has none.
         """
         await self.connect()
-        generation = await self.find()
+        generation = await self.find(floor)
         self.load_local(0, 0)
         return generation, await self.probe_orphans()
 
-    async def find(self) -> Generation:
-        """Find the newest generation from the words alone; VaultError when there is none."""
-        search = find_newest()
-        newest: Known | None = None
+    async def find(self, floor: Generation | None = None) -> Generation:
+        """Find the newest generation from the words alone; VaultError when there is none.
+
+        `floor`: a generation that existed once; CorruptBlob when the server has none that new.
+        """
+        search, found = find_newest(floor), dict[Generation, Known]()
         try:
             wanted = next(search)
             while True:
-                found = await self.volume.find_anchor(wanted)
-                if found and (not newest or found.anchor.generation > newest.anchor.generation):
-                    newest = found
-                wanted = search.send(found is not None)
-        except StopIteration:
-            pass
+                found |= await self._find_anchors(*wanted)
+                wanted = search.send(wanted & found.keys())
+        except StopIteration as stop:
+            newest: Generation | None = stop.value
         if newest is None:
-            raise VaultError(
+            raise NothingThere(
                 "this server holds nothing for these words",
                 "check the server's address, and the passphrase if you used one",
             )
-        self.volume.known = newest
-        await self.save_known(newest)
-        return newest.anchor.generation
+        if newest not in found:
+            found |= await self._find_anchors(newest)
+        if newest not in found:
+            raise CorruptBlob(
+                f"the server no longer has generation {newest}, which existed before",
+                "it was rolled back, or it lies; what is cached here can still be read",
+            )
+        self.volume.known = found[newest]
+        await self.save_known(found[newest])
+        return newest
 
     async def probe_orphans(self) -> int:
         """Find blobs that no generation names, left by a client that was lost; how many."""
@@ -287,40 +294,48 @@ class Session:
 
     async def _look_for_newer(self, known: Known) -> None:
         generation = known.anchor.generation
-        here, newer = await self._find_anchors(generation, Generation(generation + 1))
+        found = await self._find_anchors(generation, Generation(generation + 1))
+        here, newer = found.get(generation), found.get(Generation(generation + 1))
         if newer is None and (here is None or here.ref != known.ref):
-            raise CorruptBlob(
-                f"the server no longer has generation {generation}, which it confirmed before",
-                "it was rolled back, or it lies; what is cached here can still be read",
-            )
-        if newer is not None:
+            # rolled back, or another client went so far that these two are collected by now
+            await self._follow(known)
+        elif newer is not None:
             await self._adopt(known, newer)
 
-    async def _find_anchors(self, *generations: Generation) -> list[Known | None]:
+    async def _find_anchors(self, *generations: Generation) -> dict[Generation, Known]:
         """Look up several anchors at a time; the first failure of them, bare."""
-        found: dict[Generation, Known | None] = {}
+        found: dict[Generation, Known] = {}
 
         async def look(generation: Generation) -> None:
-            found[generation] = await self.volume.find_anchor(generation)
+            anchor = await self.volume.find_anchor(generation)
+            if anchor is not None:
+                found[generation] = anchor
 
         await each(generations, look, len(generations))
-        return [found[generation] for generation in generations]
+        return found
 
     async def _adopt(self, known: Known, newer: Known) -> None:
         """Take over a generation after ours: one of ours that a crash kept us from noting."""
         if newer.anchor.writer != self._writer:
-            if self._fs.active:
-                raise SecondWriter(
-                    "another client has written to this vault since it was used here",
-                    "what was written here and not published is kept in the state directory",
-                )
-            await self.find()
-            assert self.volume.known is not None
-            newer = self.volume.known
-            anchor = newer.anchor
-            self._fs.start(anchor.next_ino, anchor.size, anchor.files, anchor.redo)
+            await self._follow(known)
         else:
             await self._take_over(newer, known.anchor.size, known.anchor.files)
+
+    async def _follow(self, known: Known) -> None:
+        """Take over the newest generation of another client; SecondWriter if that loses changes."""
+        if self._fs.active:
+            raise SecondWriter(
+                "another client has written to this vault since it was used here",
+                "what was written here and not published is kept;"
+                " to go on from the other's state: hpkvfs mount --takeover DIR",
+            )
+        await self.find(known.anchor.generation)
+        self._start_from_known()
+
+    def _start_from_known(self) -> None:
+        assert self.volume.known is not None
+        anchor = self.volume.known.anchor
+        self._fs.start(anchor.next_ino, anchor.size, anchor.files, anchor.redo)
 
     async def _take_over(self, newer: Known, size: int, files: int) -> None:
         """A generation of ours is there: what it holds is no longer only in the layers."""
@@ -349,6 +364,7 @@ class Session:
             self._prefetches = nursery
             nursery.start_soon(self.store.run)
             nursery.start_soon(self._publish_regularly)
+            nursery.start_soon(self.breakglass.run, lambda: self.generation)
 
     async def _publish_regularly(self) -> None:
         pause = self.options.publish_interval
@@ -407,6 +423,20 @@ class Session:
             report.problems.append(f"the tokens do not add up: {self.store.conservation}")
         return report
 
+    async def keepalive(self, *, now: bool) -> dict[str, Any]:
+        """Store the breakglass entry if it is due, or now; what `report` says, and "stored"."""
+        await self.connect()
+        if now:
+            stored = await self.breakglass.renew(self.generation)
+        else:
+            stored = await self.breakglass.renew_if_due(self.generation)
+        return {"stored": stored, **self.breakglass.report()}
+
+    @property
+    def generation(self) -> Generation | None:
+        """The newest generation that this client knows."""
+        return self.volume.known.anchor.generation if self.volume.known else None
+
     async def redeem(self, voucher: str) -> int:
         """Turn a voucher into tokens; their number."""
         amount = await self.store.redeem(voucher)
@@ -420,12 +450,11 @@ class Session:
         live = self._live(anchor)
         stored = live * BLOB_SIZE
         return {
-            "generation": anchor.generation if anchor else None,
+            "generation": self.generation,
             "files": totals.files,
             "bytes": totals.bytes,
             "blobs_live": live,
             "blobs_dead": anchor.dead.count if anchor else 0,
-            "blobs_held": anchor.held.count + anchor.held_before if anchor else 0,
             "bytes_stored": stored,
             "amplification": round(stored / anchor.size, 3) if anchor and anchor.size else None,
             "unpublished_bytes": totals.dirty,
@@ -433,6 +462,7 @@ class Session:
             "tokens_pending": balance.pending,
             "free_blobs": self.space()[1],
             "connected": self._connected,
+            "recovery": self.breakglass.report(),
             "trouble": self.trouble,
         }
 
@@ -444,19 +474,16 @@ class Session:
 
     @staticmethod
     def _live(anchor: Anchor | None) -> int:
-        if anchor is None:
-            return 0
-        lists = anchor.dead.pages + anchor.held.pages + len(anchor.tables)
-        return anchor.live + len(anchor.kept) + lists + 1
+        return anchor.live + len(anchor.kept) + anchor.dead.pages + 1 if anchor else 0
 
 
 def _save_known(journal: Journal, known: Known) -> None:
     row = msgpack.packb([known.ref.encode(), known.anchor.encode().rstrip(b"\0")])
-    journal.put_meta(_KNOWN, row)
+    journal.put_meta(KNOWN, row)
 
 
 def _load_known(journal: Journal) -> Known | None:
-    row = journal.meta(_KNOWN)
+    row = journal.meta(KNOWN)
     if row is None:
         return None
     ref, payload = msgpack.unpackb(row)
@@ -511,8 +538,8 @@ def _build(
         writer = rng(8)
         journal.put_meta(_WRITER, writer)
     names = NameHash(keys.secret("names"))
+    breakglass = Breakglass(keys, store, journal, clock, rng)
     rooms: list[Session] = []
-    shelf = Shelf(volume, names, shown=options.snapshots_shown)
-    fs = Filesystem(shelf, redo, names, clock, lambda size: rooms[0].room(size))
-    rooms.append(Session(keys, journal, store, volume, fs, writer, options, clock))
+    fs = Filesystem(volume, redo, names, clock, lambda size: rooms[0].room(size))
+    rooms.append(Session(keys, journal, store, volume, fs, writer, options, clock, breakglass))
     return rooms[0]

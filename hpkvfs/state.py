@@ -31,6 +31,7 @@ from hpkvfs.errors import AlreadyInUse, NewerFormat, NoState, UserError, VaultEr
 from hpkvfs.volume.keys import VaultKeys
 
 FORMAT = 1
+_WALLETS = ("wallet.sqlite", "wallet-2.sqlite")
 _FIELDS = {"format", "server", "new", "fingerprint", "key"}
 _SCRYPT = {"n": 1 << 16, "r": 8, "p": 1}
 
@@ -40,11 +41,20 @@ class StateDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.wallet = path / "wallet.sqlite"
         self.cache = path / "cache"
         self.control = path / "control"
         self.log = path / "log"
         self._vault = path / "vault"
+
+    @property
+    def wallet(self) -> Path:
+        """The wallet's journal."""
+        return self.path / (self._read().get("wallet") or _WALLETS[0])
+
+    @property
+    def other_wallet(self) -> Path:
+        """Where the wallet's journal can be made anew while it is in use."""
+        return next(self.path / name for name in _WALLETS if name != self.wallet.name)
 
     @property
     def exists(self) -> bool:
@@ -117,6 +127,20 @@ class StateDirectory:
         """Point the vault at another address of its server."""
         self._write({**self._read(), "server": server})
 
+    def change_keys(
+        self, keys: VaultKeys, password: str | None, wallet: Path, rng: Callable[[int], bytes]
+    ) -> None:
+        """Make this the state of another vault, whose wallet is that one; all or nothing."""
+        old = self.wallet
+        change = {
+            "fingerprint": keys.fingerprint.hex(),
+            "key": _seal(keys.root, password, rng),
+            "wallet": wallet.name,
+        }
+        self._write({**self._read(), **change})
+        old.unlink(missing_ok=True)
+        self.cache.unlink(missing_ok=True)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the vault; AlreadyInUse when another process does."""
@@ -168,6 +192,11 @@ class StateDirectory:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._vault)
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def _seal(root: bytes, password: str | None, rng: Callable[[int], bytes]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -79,8 +80,32 @@ def status(report: Mapping[str, Any], state: str, server: str) -> str:
         "dead": f"{report['blobs_dead']:,} blobs; hpkvfs gc gives tokens for them",
         "unpublished": size(report["unpublished_bytes"]),
         "tokens": f"{report['tokens_held']:,} held, {report['tokens_pending']:,} pending",
+        "recovery": recovery(report["recovery"]),
         "room": f"{report['free_blobs']:,} blobs",
     }
     if report["trouble"]:
         rows["trouble"] = report["trouble"]
     return facts(rows)
+
+
+def recovery(report: Mapping[str, Any]) -> str:
+    """How many tokens the words alone would bring back, for how long, and what to do about it."""
+    safe = f"{report['tokens']:,} of {report['held']:,} tokens safe to recover from the words"
+    due = report["due"]
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(due)) if due else None
+    following = f"the next entry is stored from {when} on" if when else "run hpkvfs keepalive"
+    match report["state"]:
+        case "safe":
+            is_stale = report["tokens"] < report["stored_tokens"]
+            spent = "; others of the entry were spent since" if is_stale else ""
+            return f"{safe}, until epoch {report['epoch']} ends{spent}"
+        case "ageing":
+            return (
+                f"{safe}, until epoch {report['epoch']} ends; epoch {report['newest']} has begun,"
+                f" {following}"
+            )
+        case "opened":
+            return f"{safe}: the entry was opened and will be gone; {following}"
+        case "expired":
+            return f"{safe}: epoch {report['epoch']} is over; {following}"
+    return f"{safe}; {following}"

@@ -142,6 +142,19 @@ class Fault(Enum):
     HANG = auto()  # the server performs it and never answers
 
 
+@dataclass
+class Clock:
+    """A clock that stands still unless it is moved."""
+
+    seconds: float = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def pass_hours(self, hours: float) -> None:
+        self.seconds += 3_600 * hours
+
+
 @dataclass(slots=True)
 class Wire:
     """A Dialer straight into a server's handler; `faults` are used up one by each connection.

@@ -21,12 +21,11 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from hpkvfs.fs.layer import Cut, Effect, Gone, Layer, Put, Usage, Write
-from hpkvfs.fs.shelf import in_snapshot
+from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.fs.view import Below, View
 from hpkvfs.volume.items import (
     BLOCK,
@@ -82,38 +81,6 @@ class Totals:
     dirty: int
 
 
-class Base(Below, Protocol):
-    """The published tree, and names in it that are not listed."""
-
-    def hidden(self, parent: int, name: bytes) -> Dirent | None:
-        """The entry of a name that is there and not listed."""
-        ...
-
-
-class Log(Protocol):
-    """What a filesystem needs of its redo log; see redolog.py."""
-
-    def replay(self, covered: int) -> Iterator[list[Effect]]:
-        """Records after those that a generation covers."""
-        ...
-
-    def append(self, effects: Iterable[Effect]) -> None:
-        """Add one operation; OSError when it can't be."""
-        ...
-
-    def syncer(self) -> Callable[[], None]:
-        """A function that returns when all appended so far is on the disk."""
-        ...
-
-    def rotate(self) -> int:
-        """Go on in another file; the number of the last."""
-        ...
-
-    def drop(self, covered: int) -> None:
-        """Delete the files that a published generation covers."""
-        ...
-
-
 class Filesystem:
     """Inodes, directories and file data over a published tree.
 
@@ -122,8 +89,8 @@ class Filesystem:
 
     def __init__(
         self,
-        below: Base,
-        log: Log,
+        below: Below,
+        log: RedoLog,
         names: NameHash,
         clock: Clock,
         room: Callable[[int], None] = lambda _: None,
@@ -507,7 +474,7 @@ class Filesystem:
             if entry.name == name:
                 return entry
         self._directory(parent)
-        return self._below.hidden(parent, name)
+        return None
 
     def _free_cookie(self, parent: int, name: bytes) -> int:
         """A cookie for a new name; EEXIST if it is there already."""
@@ -611,9 +578,7 @@ class Filesystem:
     # -- effects ---------------------------------------------------------------------
 
     def _commit(self, effects: list[Effect]) -> None:
-        """The one way to change anything: first the log, then memory. EROFS for snapshots."""
-        if any(in_snapshot(_inode_of(effect)) for effect in effects):
-            raise fail(errno.EROFS)
+        """The one way to change anything: first the log, then memory."""
         self._log.append(effects)
         self._take(effects)
 
@@ -628,15 +593,6 @@ class Filesystem:
     def _restack(self) -> None:
         layers = [self.active] if self.frozen is None else [self.active, self.frozen]
         self._view = View(layers, self._below)
-
-
-def _inode_of(effect: Effect) -> int:
-    match effect:
-        case Put(raw, _):
-            return split_key(raw)[0]
-        case Gone(ino):
-            return ino
-    return 0  # nothing else comes without one of these
 
 
 def _put(inode: Inode) -> Put:

@@ -53,6 +53,7 @@ class Epochs:
         for name in journal.names(_PREFIX):
             self._add(EpochParameters.decode(journal.meta(name) or b""))
         self._live: list[EpochParameters] = []
+        self.digests: tuple[bytes, ...] = ()
         self._asking = trio.Lock()
 
     def find(self, digest: bytes) -> EpochParameters | None:
@@ -63,6 +64,11 @@ class Epochs:
     def live(self) -> Sequence[EpochParameters]:
         """Pinned epochs that the server uses, oldest first; empty before it was asked."""
         return self._live
+
+    @property
+    def newest_number(self) -> int | None:
+        """Number of the newest pinned epoch."""
+        return max((one.number for one in self._known.values()), default=None)
 
     async def newest(self) -> EpochParameters:
         """The epoch that the server issues in; asked for when first needed."""
@@ -78,6 +84,7 @@ class Epochs:
         newest = self._accept(reply)
         if reply.digests[-1] != newest.digest:
             raise Misbehaviour("the server's newest epoch is not the last of its list", _HINT)
+        self.digests = reply.digests
         known = [self._known[digest] for digest in reply.digests if digest in self._known]
         self._live = sorted(known, key=_number)
 

@@ -12,6 +12,10 @@ class UnknownEpoch(Refusal):
     """The server does not use the epoch of these credentials."""
 
 
+class OldCounter(Refusal):
+    """A newer breakglass entry is stored."""
+
+
 class BadVoucher(UserError, Refusal):
     """A voucher that buys nothing."""
 
@@ -37,6 +41,7 @@ _WHY: Final[dict[Reason, tuple[type[Refusal], str, str]]] = {
         "this voucher is for another amount",
         "copy it whole, as the operator gave it",
     ),
+    Reason.OLD_COUNTER: (OldCounter, "a newer breakglass entry is stored already", ""),
     Reason.FULL: (Refusal, "the server has no room left", "try again later, or ask its operator"),
     Reason.BAD_PROOF: (Refusal, "the server refused a proof of ours", _BUG),
     Reason.BAD_SIGNATURE: (Refusal, "the server refused a signature of ours", _BUG),

@@ -7,31 +7,40 @@ cut short (by cancellation, by a server that does not answer, by a crash) leaves
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 from typing import Final
 
 import trio
 
-from hpkvfs.errors import StoreError, Unreachable, UserError
+from hpkvfs.errors import Misbehaviour, SpentElsewhere, StoreError, Unreachable, UserError
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
-from hpkvfs.net.refusals import UnknownEpoch
+from hpkvfs.net.refusals import UnknownEpoch, out_of_place, refusal
 from hpkvfs.net.teller import Order, Teller
 from hpkvfs.net.transport import Dialer
+from hpkvfs.protocol.credential import Credential
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.messages import (
+    UNOPENED,
     CredentialedRequest,
     DeleteRequest,
+    Entry,
     InsertRequest,
     IssueRequest,
     LookUpRequest,
+    OpenEntryRequest,
+    Reason,
+    Refused,
+    StoreEntryRequest,
 )
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 from hpkvfs.types import Signer
 from hpkvfs.wallet.journal import Journal, Receipt
-from hpkvfs.wallet.wallet import Balance, Conservation
+from hpkvfs.wallet.wallet import Balance, Conservation, Held
 
 MAX_IN_FLIGHT: Final = 16
 PATIENCE_SECONDS: Final = 20.0
@@ -65,6 +74,7 @@ class RemoteStore:
         line = Line(dialer, rng, patience)
         epochs = Epochs(journal, line, identity)
         self._journal = journal
+        self._line = line
         self._teller = Teller(journal, line, epochs, rng, pool_size=2 * max_in_flight)
         self._pool_size = 2 * max_in_flight
         self._resolving = trio.Lock()
@@ -158,6 +168,89 @@ class RemoteStore:
         """bought + refunded against held + pending + spent; `holds`, or there is a bug."""
         return self._teller.wallet.conservation
 
+    # Breakglass entries
+
+    async def refresh(self) -> EpochParameters:
+        """The newest epoch, asked for anew."""
+        await self._teller.epochs.refresh()
+        return await self._teller.epochs.newest()
+
+    @property
+    def epochs_in_use(self) -> tuple[bytes, ...]:
+        """Digests of the epochs whose tokens the server takes, as it last said; newest last."""
+        return self._teller.epochs.digests
+
+    async def epoch(self, digest: bytes) -> EpochParameters:
+        """An epoch's parameters, pinned or asked for."""
+        return await self._teller.epochs.get(digest)
+
+    @property
+    def newest_epoch(self) -> int | None:
+        """Number of the newest epoch this client was ever shown."""
+        return self._teller.epochs.newest_number
+
+    @property
+    def reserve(self) -> list[Held]:
+        """What ordinary calls do not spend while there is anything else."""
+        return self._teller.wallet.reserve
+
+    def spendable(self, epoch: bytes) -> int:
+        """Tokens of one epoch that are neither reserved nor in a request."""
+        return self._teller.wallet.worth(epoch)
+
+    def release_reserve(self) -> None:
+        """Let what is reserved be spent as anything else."""
+        self._teller.wallet.release_reserve()
+
+    async def fill_reserve(self, epoch: EpochParameters, amounts: Sequence[int]) -> None:
+        """Reserve credentials of just these amounts, made by free reissues; EmptyWallet.
+
+        Durable with the journal's next commit.
+        """
+        async with self._slots:
+            await self._teller.fill_reserve(epoch, amounts)
+
+    async def store_entry(
+        self, epoch: EpochParameters, signer: Signer, counter: int, value: bytes
+    ) -> None:
+        """Store a breakglass entry, paid in this epoch; OldCounter."""
+        make = partial(StoreEntryRequest, key=signer.public, counter=counter, value=value)
+
+        def sign(request: CredentialedRequest, credentials: bytes) -> CredentialedRequest:
+            unsigned = make(request.epoch, credentials=credentials)
+            return replace(unsigned, signature=signer.sign(unsigned.signed))
+
+        order = Order(Operation.STORE_ENTRY, make, sign)
+        async with self._slots:
+            await self._teller.pay_in(order, epoch)
+
+    async def open_entry(self, signer: Signer, entry: bytes = UNOPENED) -> Entry | None:
+        """The breakglass entry under a key, free; None if there is none, or another.
+
+        Naming it by its digest opens it: it is then gone after some time. Not naming any tells
+        which there is.
+        """
+        unsigned = OpenEntryRequest(signer.public, entry)
+        request = replace(unsigned, signature=signer.sign(unsigned.signed))
+        reply = await self._line.ask(request.encode())
+        match reply:
+            case Refused(Reason.KEY_ABSENT | Reason.DIGEST_MISMATCH):
+                return None
+            case Refused(reason):
+                raise refusal(reason)
+            case Entry():
+                return _checked(reply, entry)
+        raise out_of_place()
+
+    async def claim(self, epoch: bytes, credential: Credential, note: tuple[str, bytes]) -> None:
+        """Take in a credential that a breakglass entry had; SpentElsewhere.
+
+        `note`, a name and value for the journal, is there if and only if the claim is; then it is
+        settled sooner or later, whatever this raises.
+        """
+        async with self._slots:
+            await self._teller.claim(epoch, credential, note)
+
     # What was left pending
 
     async def recover(self) -> list[Receipt]:
@@ -183,6 +276,10 @@ class RemoteStore:
                     await self._teller.resolve(stranded[0])
                 except Unreachable:
                     raise
+                except SpentElsewhere as failure:
+                    if stranded[0].number in self._teller.wallet.pending:
+                        failures.append(failure)
+                    # else it was a claim, which is written off
                 except StoreError as failure:  # it is stuck now: the next round is for others
                     failures.append(failure)
         if failures:
@@ -199,3 +296,13 @@ class RemoteStore:
             except StoreError:
                 await trio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _checked(reply: Entry, wanted: bytes) -> Entry:
+    """What an honest server may say of an entry; Misbehaviour."""
+    if wanted == UNOPENED:
+        if reply.value is not None:
+            raise out_of_place()
+    elif reply.digest != wanted or reply.value is None or sha256(reply.value).digest() != wanted:
+        raise Misbehaviour("the server answered with another breakglass entry than was asked for")
+    return reply

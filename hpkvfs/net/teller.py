@@ -20,20 +20,27 @@ where a process could take over.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 import trio
 
-from hpkvfs.errors import EmptyWallet, Misbehaviour, Refusal, StoreError, Unreachable
+from hpkvfs.errors import (
+    EmptyWallet,
+    Misbehaviour,
+    Refusal,
+    SpentElsewhere,
+    StoreError,
+    Unreachable,
+)
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
 from hpkvfs.net.refusals import UnknownEpoch, out_of_place, refusal
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol import codec
-from hpkvfs.protocol.credential import Draft, prepare
+from hpkvfs.protocol.credential import Credential, Draft, prepare
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.errors import ProtocolError
 from hpkvfs.protocol.messages import (
@@ -47,6 +54,9 @@ from hpkvfs.protocol.messages import (
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.wallet.journal import Journal
 from hpkvfs.wallet.wallet import Attempt, Held, Pending, Selection, Wallet, split
+
+CLAIM: Final = b"claim"
+"""The memo of a reissue that takes in a credential out of a breakglass entry."""
 
 Make: TypeAlias = Callable[[bytes], CredentialedRequest]
 Complete: TypeAlias = Callable[[CredentialedRequest, bytes], CredentialedRequest]
@@ -182,6 +192,47 @@ class Teller:
         pending = self.wallet.begin(epoch.digest, (), attempt, memo)
         await self._perform(pending, codec.REQUEST.wrap(body))
 
+    # Breakglass entries.
+
+    async def pay_in(self, order: Order, epoch: EpochParameters) -> Answer:
+        """As `pay`, out of one epoch's tokens."""
+        return await self._pay(order, epoch)
+
+    async def fill_reserve(self, epoch: EpochParameters, amounts: Sequence[int]) -> None:
+        """Have credentials of just these amounts in the reserve, which the journal then has.
+
+        It is not durable yet. EmptyWallet leaves an empty reserve.
+        """
+        self.wallet.release_reserve()
+        for amount in amounts:
+            merges = True
+            while merges:
+                selection = self.wallet.carve(epoch.digest, amount)
+                if selection is None:
+                    await self.grow(epoch)
+                    continue
+                merges = selection.merges
+                await self._reissue(epoch, selection)
+            self.wallet.reserve_one(epoch.digest, amount)  # nobody ran since that was settled
+        self._journal.reserve(self.wallet.reserve)
+
+    async def claim(self, digest: bytes, credential: Credential, note: tuple[str, bytes]) -> None:
+        """Take in a credential that an entry had; SpentElsewhere if it is worth nothing now.
+
+        `note` becomes durable together with the claim.
+        """
+        epoch = await self.epochs.get(digest)
+        while (inputs := self.wallet.take_in(epoch.digest, credential)) is None:
+            await self.grow(epoch)
+        order = Order(Operation.REISSUE, lambda epoch: ReissueRequest(epoch, 2), memo=CLAIM)
+        amounts = split(credential.amount, epoch.tariff.insert)
+        selection = Selection(epoch.digest, inputs, amounts, False)
+        pending, frame = self._begin(epoch, selection, order)
+        with self._driving(pending):
+            self._journal.put_meta(*note)
+            await self._journal.begin_claim(pending, inputs[0], self.wallet.book)
+            await self._answer(pending, frame)
+
     # Resolving.
 
     def stranded(self) -> list[Pending]:
@@ -311,7 +362,7 @@ class Teller:
             case Done(fact, issued, value):
                 attempt = pending.attempts[-1]
             case Spent():
-                attempt, fact, issued = _own(pending, reply)
+                attempt, fact, issued = self._own(pending, reply)
                 value = None
             case Refused(reason):
                 raise refusal(reason)
@@ -330,6 +381,15 @@ class Teller:
             raise Misbehaviour(f"the server's credentials are worthless: {error}") from error
         settled = self.wallet.settle(pending, attempt, outputs)
         self._journal.settle(settled, self.wallet.book)
+
+    def _own(self, pending: Pending, reply: Spent) -> tuple[Attempt, Fact, bytes]:
+        try:
+            return _own(pending, reply)
+        except SpentElsewhere:
+            if pending.memo == CLAIM:
+                self.wallet.write_off(pending)
+                self._journal.write_off(pending, self.wallet.book)
+            raise
 
     def _release(self, pending: Pending) -> None:
         self.wallet.release(pending)
@@ -362,7 +422,7 @@ def _own(pending: Pending, reply: Spent) -> tuple[Attempt, Fact, bytes]:
         attempt = pending.attempt(stored.fingerprint)
         if attempt is not None:
             return attempt, stored.fact, stored.issued
-    raise Misbehaviour(
+    raise SpentElsewhere(
         "tokens of this wallet were spent by a request that is not in its journal",
         "was the state directory copied or restored? recover the vault from its words",
     )

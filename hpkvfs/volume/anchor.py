@@ -6,46 +6,30 @@ exists: the server refuses a second one, which is how two writers find out about
 Which anchors stay (the rest are dead and get collected), for newest generation n:
   - every binary prefix of n: n with its low l bits cleared, for each l;
   - every power of two up to n.
-So a client with nothing but the words finds n by galloping over powers of two (present
-exactly up to n's highest bit) and then fixing one bit per look-up: at most
-2 log2(n) + 2 look-ups. An absent candidate always means "not reached yet".
+So a client with nothing but the words finds n by searching for its highest bit (the powers of
+two are present exactly up to it) and then fixing the bits below it, two in a round of three
+look-ups: at most 2 log2(n) + 10 look-ups. An absent candidate always means "not reached yet".
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 import msgpack
 
-from hpkvfs.errors import CorruptBlob, NewerFormat, VaultError
-from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, Generation, anchor_id
-from hpkvfs.volume.deadlist import DeadList, join_refs, split_refs
+from hpkvfs.errors import CorruptBlob, NewerFormat
+from hpkvfs.types import PAYLOAD_SIZE, REF_SIZE, BlobId, BlobRef, Generation, anchor_id
+from hpkvfs.volume.deadlist import DeadList
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 _LENGTH = 4
-_EMPTY = DeadList()
-_NO_ID = BlobId(0)
-_SHAPE = [
-    int,
-    int,
-    bytes,
-    int,
-    int,
-    bytes,
-    bytes,
-    int,
-    int,
-    int,
-    int,
-    int,
-    list,
-    bytes,
-    int,
-    list,
-    int,
-]
+_LADDER: Final = (2, 4, 8, 16)
+
+Round: TypeAlias = frozenset[Generation]
+Search: TypeAlias = Generator[Round, Round, Generation | None]
+_SHAPE = [int, int, bytes, int, int, bytes, bytes, int, int, int, int, int, list]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +39,6 @@ class Anchor:
     writer: 8 random bytes of the state directory that published it; redo: the last redo log
     whose effects it includes (counted by that writer); live: nodes and extents reachable
     from root; size: sum of file sizes; kept: older anchors that are still stored.
-
-    tables: the snapshots' records (snapshots.py); horizon: next_id of the newest snapshot, 0
-    when there is none; held: that snapshot's held list; held_before: entries in those of the
-    older ones.
     """
 
     generation: Generation
@@ -73,10 +53,6 @@ class Anchor:
     size: int
     files: int
     dead: DeadList
-    tables: tuple[BlobRef, ...] = ()
-    horizon: BlobId = _NO_ID
-    held: DeadList = _EMPTY
-    held_before: int = 0
 
     def encode(self) -> bytes:
         """A 16,384-byte payload; ValueError when it does not fit (spill the dead list)."""
@@ -87,17 +63,13 @@ class Anchor:
             self.redo,
             self.time,
             self.root.encode() if self.root else b"",
-            join_refs(self.kept),
+            b"".join(ref.encode() for ref in self.kept),
             self.next_id,
             self.next_ino,
             self.live,
             self.size,
             self.files,
             self.dead.encode(),
-            join_refs(self.tables),
-            self.horizon,
-            self.held.encode(),
-            self.held_before,
         ]
         body: bytes = msgpack.packb(fields, use_bin_type=True)
         if len(body) + _LENGTH > PAYLOAD_SIZE:
@@ -106,46 +78,35 @@ class Anchor:
 
     @classmethod
     def decode(cls, payload: bytes) -> Anchor:
-        """Inverse of encode; NewerFormat, VaultError (an older one) or CorruptBlob."""
+        """Inverse of encode; NewerFormat or CorruptBlob."""
         fields = _unpack(payload)
         if fields[0] != FORMAT_VERSION:
-            raise _other_format(fields[0])
+            raise NewerFormat(
+                f"the vault has format {fields[0]}, newer than this hpkvfs knows",
+                "install a newer hpkvfs",
+            )
         if list(map(type, fields)) != _SHAPE:
             raise CorruptBlob("an anchor is damaged")
         try:
             _, generation, writer, redo, time, root, kept, *rest = fields
-            next_id, next_ino, live, size, files, dead, tables, horizon, held, held_before = rest
+            next_id, next_ino, live, size, files, dead = rest
+            refs = (kept[i : i + REF_SIZE] for i in range(0, len(kept), REF_SIZE))
             return cls(
                 generation,
                 writer,
                 redo,
                 time,
                 BlobRef.decode(root) if root else None,
-                split_refs(kept),
+                tuple(map(BlobRef.decode, refs)),
                 next_id,
                 next_ino,
                 live,
                 size,
                 files,
                 DeadList.decode(dead),
-                split_refs(tables),
-                horizon,
-                DeadList.decode(held),
-                held_before,
             )
         except (ValueError, TypeError):
             raise CorruptBlob("an anchor is damaged") from None
-
-
-def _other_format(found: object) -> VaultError:
-    if isinstance(found, int) and found < FORMAT_VERSION:
-        return VaultError(
-            f"the vault has format {found}, older than this hpkvfs knows",
-            "copy its files out with the hpkvfs that wrote it, into a new vault",
-        )
-    return NewerFormat(
-        f"the vault has format {found}, newer than this hpkvfs knows", "install a newer hpkvfs"
-    )
 
 
 def _unpack(payload: bytes) -> list[Any]:
@@ -176,18 +137,68 @@ def successors(previous: Anchor, ref: BlobRef) -> tuple[tuple[BlobRef, ...], lis
     return kept, [old for old in stored if old.id not in stay]
 
 
-def find_newest() -> Generator[Generation, bool, Generation | None]:
-    """Search for the newest generation: yields one to look up, is sent whether it exists.
+def find_newest(floor: Generation | None = None) -> Search:
+    """Search for the newest generation n: yields a round of generations to look up, in parallel
+    or not, and is sent those that exist. Returns n, or None when there is none at all.
 
-    Returns None when there is none at all.
+    `floor`: a generation that existed once, so that n is that or a later one. Then what comes
+    out has not always been looked up, and when it is not there the server went back in time.
     """
-    if not (yield Generation(0)):
+    reached = Reached(floor)
+    top = yield from _highest_bit(reached)
+    if top is None:
         return None
-    top = 0
-    while (yield Generation(1 << top)):
-        top += 1
-    newest = 1 << top >> 1
-    for bit in reversed(range(max(top - 1, 0))):
-        if (yield Generation(newest | 1 << bit)):
-            newest |= 1 << bit
+    newest = 1 << top if top >= 0 else 0
+    for bit in range(top - 1, -1, -2):
+        # Two bits in one round cost half a look-up a bit more, and save half of the waiting.
+        high, low = 1 << bit, 1 << bit >> 1
+        yield from reached.ask(newest | high, newest | low, newest | high | low)
+        for value in (high, low):
+            if newest | value in reached:
+                newest |= value
     return Generation(newest)
+
+
+def _highest_bit(reached: Reached) -> Generator[Round, Round, int | None]:
+    """The place of n's highest bit; -1 when n is 0, None when there is no generation."""
+    yield from reached.ask(0, *(1 << place for place in _LADDER))
+    if 0 not in reached:
+        return None
+    low = max((place for place in (*_LADDER, reached.place) if 1 << place in reached), default=-1)
+    high = next((place for place in _LADDER if place > low), None)
+    step = 1
+    while high is None:
+        yield from reached.ask(1 << low + step)
+        if 1 << low + step in reached:
+            low, step = low + step, 2 * step
+        else:
+            high = low + step
+    while high - low > 1:
+        middle = (low + high) // 2
+        yield from reached.ask(1 << middle)
+        low, high = (middle, high) if 1 << middle in reached else (low, middle)
+    return low
+
+
+class Reached:
+    """Which generations there are, as far as it is known: those up to `floor`, those found."""
+
+    def __init__(self, floor: Generation | None) -> None:
+        self._floor = -1 if floor is None else floor
+        self._found: set[int] = set()
+        self._asked: set[int] = set()
+
+    @property
+    def place(self) -> int:
+        """The highest bit of the floor; 0 when that tells nothing."""
+        return max(self._floor.bit_length() - 1, 0) if self._floor > 0 else 0
+
+    def __contains__(self, generation: int) -> bool:
+        return generation <= self._floor or generation in self._found
+
+    def ask(self, *generations: int) -> Generator[Round, Round, None]:
+        """A round of look-ups of those of which it is not known yet."""
+        unknown = {n for n in generations if n not in self and n not in self._asked}
+        if unknown:
+            self._asked |= unknown
+            self._found |= yield frozenset(map(Generation, unknown))

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from hpkvfs.errors import KeyAbsent
 from hpkvfs.parallel import each
 from hpkvfs.types import BlobRef, Generation, Missing
-from hpkvfs.volume.deadlist import Dead, DeadList
+from hpkvfs.volume.deadlist import Dead
 from hpkvfs.volume.volume import Volume
 
 DELETES_AT_ONCE = 16
 
 Progress = Callable[[int, int], None]
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -31,16 +29,11 @@ class Collected:
     absent: list[BlobRef] = field(default_factory=list)
 
 
-async def read_list(volume: Volume, dead: DeadList) -> tuple[list[Dead], list[BlobRef]]:
-    """Every blob on a dead list, and the pages of the list."""
-    return await loading(volume, lambda: volume.entries(dead))
-
-
-async def loading(volume: Volume, read: Callable[[], T]) -> T:
-    """What `read` returns once all that it misses is in memory."""
+async def dead_entries(volume: Volume) -> tuple[list[Dead], list[BlobRef]]:
+    """Every dead blob of the newest known generation, and the pages that list them."""
     while True:
         try:
-            return read()
+            return volume.dead_entries()
         except Missing as missing:
             await volume.load(missing)
 
@@ -49,7 +42,7 @@ async def collect(
     volume: Volume, result: Collected, shuffle: Callable[[list[Dead]], None], progress: Progress
 ) -> None:
     """Delete every dead blob; `result` tells how far it got even when StoreError is raised."""
-    entries, _ = await read_list(volume, volume.dead)
+    entries, _ = await dead_entries(volume)
     shuffle(entries)
 
     async def delete(entry: Dead) -> None:
@@ -71,7 +64,7 @@ async def _delete(volume: Volume, ref: BlobRef, result: Collected) -> None:
 
 async def remaining(volume: Volume, removed: Set[BlobRef]) -> list[Dead]:
     """The dead list without what was deleted; its pages are themselves dead now."""
-    entries, pages = await read_list(volume, volume.dead)
+    entries, pages = await dead_entries(volume)
     died = volume.known.anchor.generation if volume.known else Generation(0)
     left = [entry for entry in entries if entry.ref not in removed]
     return left + [Dead(page, died) for page in pages if page not in removed]

@@ -84,6 +84,13 @@ class VaultKeys:
         """The key pair under which the blob or anchor of this id is stored."""
         return self._signer(blob_id)
 
+    def entry_signer(self, epoch: bytes) -> SigningKey:
+        """The key pair of the breakglass entry of an epoch, given by its digest (32 bytes).
+
+        One for each epoch, so that entries cannot be told to be one vault's.
+        """
+        return SigningKey(hmac.digest(self._root, b"breakglass" + epoch, hashlib.sha256))
+
     def _derive_signer(self, blob_id: BlobId) -> SigningKey:
         label = b"anchor" if blob_id & ANCHOR_BIT else b"blob"
         number = _U64.pack(blob_id & (ANCHOR_BIT - 1))

@@ -20,7 +20,8 @@ ChaCha20-Poly1305 under the journal's key, with "table/name of the row" as assoc
     credentials(number, sealed)   held, or an input of a pending
     pendings(number, sealed)      inputs, attempts, memo
     receipts(seq, sealed)         performed with a memo, and not yet forgotten
-    meta(name, sealed)            "book", and whatever the caller keeps under other names
+    meta(name, sealed)            "book", "reserve" (see wallet.py), and whatever the caller keeps
+                                  under other names
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,10 @@ from hpkvfs.wallet.wallet import Book, Held, Pending, Settled, Wallet
 
 FORMAT: Final = 1
 _NONCE: Final = 12
+KNOWN: Final = "known"
+"""The name under which the newest known generation is kept."""
 _BOOK: Final = "book"
+_RESERVE: Final = "reserve"
 _SCHEMA: Final = f"""
 CREATE TABLE credentials(number INTEGER PRIMARY KEY, sealed BLOB NOT NULL) STRICT;
 CREATE TABLE pendings(number INTEGER PRIMARY KEY, sealed BLOB NOT NULL) STRICT;
@@ -130,13 +134,18 @@ class Journal:
 
     def load(self) -> Wallet:
         """The wallet as the journal found it when opened; VaultError when it is damaged."""
-        book = self._meta.get(_BOOK)
+        book, reserve = self._meta.get(_BOOK), self._meta.get(_RESERVE)
         try:
             held = {
                 number: rows.unpack_held(number, row) for number, row in self._read("credentials")
             }
             pending = [rows.unpack_pending(*row, held) for row in self._read("pendings")]
-            return Wallet(held.values(), pending, rows.unpack_book(book) if book else Book())
+            return Wallet(
+                held.values(),
+                pending,
+                rows.unpack_book(book) if book else Book(),
+                rows.unpack_reserve(reserve) if reserve else (),
+            )
         except (ProtocolError, ValueError, LookupError, TypeError) as error:
             raise _damaged() from error
 
@@ -163,6 +172,21 @@ class Journal:
         """Record a pending, or its second attempt; returns when it is on the disk."""
         self._add(_ADD_PENDING, "pendings", pending.number, rows.pack_pending(pending))
         await self.flush()
+
+    async def begin_claim(self, pending: Pending, taken: Held, book: Book) -> None:
+        """As `begin`, for a pending with a credential that the journal does not have yet."""
+        self._add(_ADD_CREDENTIAL, "credentials", taken.number, rows.pack_held(taken))
+        self._batch.book = book
+        await self.begin(pending)
+
+    def write_off(self, pending: Pending, book: Book) -> None:
+        """Forget a pending and its inputs, which somebody else had spent."""
+        self._drop(pending, *pending.inputs)
+        self._batch.book = book
+
+    def reserve(self, reserve: Sequence[Held]) -> None:
+        """These, if they are still held when the journal is opened again, are the reserve."""
+        self.put_meta(_RESERVE, rows.pack_reserve(reserve))
 
     def settle(self, settled: Settled, book: Book) -> None:
         """Outputs take the place of a pending and its inputs; `book` is the book after it."""
@@ -308,6 +332,27 @@ class Journal:
             return self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], associated)
         except (InvalidTag, ValueError) as error:
             raise _damaged() from error
+
+
+def reseal(
+    source: Path, key: bytes, target: Path, target_key: bytes, rng: Callable[[int], bytes]
+) -> None:
+    """Copy a journal, sealed with another key, to a file that is replaced; durable on return.
+
+    The two must never both be used. As for Journal, AlreadyInUse, NewerFormat, VaultError; also
+    VaultError when the journal knows of a generation, since it then belongs to a vault.
+    """
+    for suffix in ("", "-wal", "-shm"):
+        target.with_name(target.name + suffix).unlink(missing_ok=True)
+    old, new = Journal(source, key, rng), Journal(target, target_key, rng)
+    with closing(old), closing(new):
+        if old.meta(KNOWN) is not None:
+            raise VaultError("this wallet belongs to a vault", "name another with --state")
+        new._database.execute("BEGIN IMMEDIATE")
+        for table in ("credentials", "pendings", "receipts", "meta"):
+            rows_ = [(name, new._seal(table, name, row)) for name, row in old._read(table)]
+            new._database.executemany(f"INSERT INTO {table} VALUES (?, ?)", rows_)
+        new._database.execute("COMMIT")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -5,6 +5,7 @@
                    [[operation, delta, fingerprint, secrets, body]...], memo]
     receipts      [operation, memo]
     book          [bought, refunded, spent]
+    reserve       [credential number...]
 
 Reading raises ValueError, LookupError, TypeError or protocol.errors.Malformed for anything
 else; the rows come out of a sealed file, so that only a bug of ours could make one.
@@ -12,7 +13,7 @@ else; the rows come out of a sealed file, so that only a bug of ours could make 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple
 from typing import Any, Final, cast
 
@@ -76,6 +77,16 @@ def unpack_book(row: bytes) -> Book:
     """Inverse of pack_book."""
     bought, refunded, spent = _array(row)
     return Book(bought, refunded, spent)
+
+
+def pack_reserve(reserve: Iterable[Held]) -> bytes:
+    """The numbers of the credentials in the breakglass entry, kept in `meta`."""
+    return codec.pack([held.number for held in reserve])
+
+
+def unpack_reserve(row: bytes) -> frozenset[int]:
+    """Inverse of pack_reserve."""
+    return frozenset(_array(row))
 
 
 def _array(row: bytes) -> list[Any]:

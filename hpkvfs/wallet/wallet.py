@@ -4,14 +4,19 @@
      ^                   |                   |
      +----- put_back ----+----- release -----+    only while no byte of it has left
 
+Some of what is held can be the *reserve*: its credentials are also in the breakglass entry, from
+which the words alone recover them, and so `select` takes one of them only when nothing else
+could pay. What was ever part of a Pending is in the entry in vain.
+
 A Pending is its inputs and the one or two requests made with them. The first is the operation
 itself. If its answer never comes it is not known whether it was performed; then the second, a
 reissue of the same inputs, is made: the server performs only one of the two, and either answer
 tells which (net/store.py). So the outputs of one of the two, and only one, will be held.
 
 Invariants, between any two calls:
-  - a credential is in one place only: held, set aside by a Selection, or in one Pending;
-  - bought + refunded == held + pending + spent, what is set aside counting as held;
+  - a credential is in one place only: a pool, the reserve, set aside by a Selection, or in one
+    Pending;
+  - bought + refunded == held + pending + spent, what is set aside or reserved counting as held;
   - credentials of two epochs are never in one Selection.
 
 Nothing here is durable: the journal records each Pending before it is spoken of to anyone, and
@@ -21,7 +26,7 @@ each Settled after (wallet/journal.py).
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from hpkvfs.errors import EmptyWallet
@@ -163,16 +168,23 @@ class Wallet:
         held: Iterable[Held] = (),
         pending: Iterable[Pending] = (),
         book: Book = Book(),
+        reserve: Container[int] = (),
     ) -> None:
+        """`reserve`: the numbers of held credentials that are in the breakglass entry."""
         self.book = book
         self.pending: dict[int, Pending] = {one.number: one for one in pending}
         self._pools: dict[bytes, list[Held]] = {}
         self._aside: dict[int, Held] = {}
+        self._reserve: dict[int, Held] = {}
         taken = {one.number: one for pending in self.pending.values() for one in pending.inputs}
         everything = [*held, *taken.values()]
         self._last = max([0, *self.pending, *(one.number for one in everything)])
         for one in everything:
-            if one.number not in taken:
+            if one.number in taken:
+                continue
+            if one.number in reserve:
+                self._reserve[one.number] = one
+            else:
                 self._add(one)
 
     # Where the tokens are.
@@ -181,8 +193,8 @@ class Wallet:
     def balance(self) -> Balance:
         """What can be spent now (with what is set aside), and what is pending."""
         held = sum(self.worth(epoch) for epoch in self._pools)
-        aside = sum(one.amount for one in self._aside.values())
-        return Balance(held + aside, sum(one.amount for one in self.pending.values()))
+        kept = sum(one.amount for one in (*self._aside.values(), *self._reserve.values()))
+        return Balance(held + kept, sum(one.amount for one in self.pending.values()))
 
     @property
     def conservation(self) -> Conservation:
@@ -191,16 +203,21 @@ class Wallet:
 
     @property
     def size(self) -> int:
-        """How many credentials there are, counting two for each pending."""
+        """How many credentials there are to work with, counting two for each pending."""
         return len(self._aside) + 2 * len(self.pending) + sum(map(len, self._pools.values()))
 
     def worth(self, epoch: bytes) -> int:
-        """Tokens of one epoch that are held and not set aside."""
+        """Tokens of one epoch that are held, neither set aside nor reserved."""
         return sum(one.amount for one in self._pools.get(epoch, ()))
 
     def held(self) -> list[Held]:
-        """Every held credential that is not set aside."""
+        """Every held credential that is neither set aside nor reserved."""
         return [one for pool in self._pools.values() for one in pool]
+
+    @property
+    def reserve(self) -> list[Held]:
+        """What is in the breakglass entry and was not taken for anything, richest first."""
+        return sorted(self._reserve.values(), key=_amount, reverse=True)
 
     # Transitions.
 
@@ -209,7 +226,7 @@ class Wallet:
 
         The richest goes with the poorest that suffices, so that amounts even out and small
         ones disappear. None: only credentials now in flight could pay, so wait for a change.
-        EmptyWallet: not even those could. `whole`: see `split`.
+        The reserve comes last. EmptyWallet: not even that could. `whole`: see `split`.
         """
         pool = self._pools.get(epoch, [])
         cost = max(0, -delta)
@@ -220,10 +237,67 @@ class Wallet:
             return Selection(epoch, inputs, (inputs[0].amount + inputs[1].amount, 0), True)
         if self._could_pay(epoch, cost):
             return None
+        if self._draw(epoch):
+            return self.select(epoch, delta, whole)
         raise EmptyWallet(
             f"the operation costs {cost} tokens and the wallet has {self.balance.total}",
             "redeem a voucher",
         )
+
+    def carve(self, epoch: bytes, amount: int) -> Selection | None:
+        """The next reissue on the way to a credential of just this amount, to be reserved.
+
+        The last of them is the one that does not merge. None: there are not two credentials, so
+        `grow` first. EmptyWallet when the pool has less.
+        """
+        pool = self._pools.get(epoch, [])
+        if self.worth(epoch) < amount:
+            raise EmptyWallet(
+                f"there are not {amount} tokens to set aside for recovery", "redeem a voucher"
+            )
+        if len(pool) < 2:
+            return None
+        rich, next_ = self._set_aside(pool, len(pool) - 2)
+        both = rich.amount + next_.amount
+        merges = both < amount
+        return Selection(
+            epoch, (rich, next_), (both, 0) if merges else (amount, both - amount), merges
+        )
+
+    def reserve_one(self, epoch: bytes, amount: int) -> None:
+        """Move a credential of just this amount, which `carve` led to, into the reserve.
+
+        To be durable before the breakglass entry that has it is stored.
+        """
+        pool = self._pools[epoch]
+        chosen = pool.pop(bisect_left(pool, amount, key=_amount))
+        if chosen.amount != amount:
+            raise ValueError("what was carved is not there any more")
+        self._reserve[chosen.number] = chosen
+
+    def release_reserve(self) -> None:
+        """No entry has these any more, or soon none will."""
+        for one in self._reserve.values():
+            self._add(one)
+        self._reserve = {}
+
+    def take_in(self, epoch: bytes, credential: Credential) -> tuple[Held, Held] | None:
+        """A credential out of a breakglass entry, set aside with one of no value to be reissued.
+
+        It counts as bought; see `write_off`. None: there is none of no value, so `grow` first.
+        """
+        pool = self._pools.get(epoch, [])
+        if not pool or pool[0].amount:
+            return None
+        taken, poorest = Held(self._number(), epoch, credential), pool.pop(0)
+        self._aside.update((one.number, one) for one in (taken, poorest))
+        self.book = replace(self.book, bought=self.book.bought + taken.amount)
+        return taken, poorest
+
+    def write_off(self, pending: Pending) -> None:
+        """What was taken in had been spent by somebody else: it was never bought here."""
+        del self.pending[pending.number]
+        self.book = replace(self.book, bought=self.book.bought - pending.amount)
 
     def put_back(self, selection: Selection) -> None:
         """Undo a selection of which nothing has been journalled."""
@@ -281,6 +355,13 @@ class Wallet:
         pair = pool.pop(), pool.pop(poor)
         self._aside.update((one.number, one) for one in pair)
         return pair
+
+    def _draw(self, epoch: bytes) -> bool:
+        """Give up the poorest of the reserve, whose place in the entry is then in vain."""
+        mine = [one for one in self._reserve.values() if one.epoch == epoch]
+        if mine:
+            self._add(self._reserve.pop(min(mine, key=_amount).number))
+        return bool(mine)
 
     def _could_pay(self, epoch: bytes, cost: int) -> bool:
         moving = [one for one in self._aside.values() if one.epoch == epoch]

@@ -14,7 +14,6 @@ from hpkvfs.fs.backend import run
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.publisher import Publisher
 from hpkvfs.fs.redolog import RedoLog
-from hpkvfs.fs.shelf import Shelf
 from hpkvfs.types import ANCHOR_BIT, BlobId, BlobRef, Missing
 from hpkvfs.volume import fsck, gc
 from hpkvfs.volume.blob import Sealer
@@ -70,8 +69,7 @@ class Client:
         sealer = Sealer(machine.keys, machine.rng)
         self.volume = Volume(machine.keys, sealer, machine.store, NoCache(), machine.known)
         names = NameHash(machine.keys.secret("names"))
-        self.shelf = Shelf(self.volume, names)
-        self.fs = Filesystem(self.shelf, self.log, names, machine.clock)
+        self.fs = Filesystem(self.volume, self.log, names, machine.clock)
         anchor = machine.known.anchor if machine.known else None
         next_id = anchor.next_id if anchor else BlobId(0)
         self.publisher = Publisher(self.volume, self.fs, self, b"writer00", next_id, machine.clock)

@@ -16,7 +16,7 @@ from hpkvd.payments import vouchers
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.tariff import Tariff
-from tests.doubles import FailingJournal, Wire
+from tests.doubles import Clock, FailingJournal, Wire
 
 KEY = bytes(range(32))
 
@@ -40,6 +40,7 @@ class World:
     directory: Path
     ledger: SqliteLedger
     wire: Wire
+    clock: Clock
     journals: list[FailingJournal] = field(default_factory=list)
 
     def voucher(self, amount: int) -> str:
@@ -102,8 +103,9 @@ async def running(directory: Path) -> AsyncIterator[World]:
     ledger = SqliteLedger(directory / "ledger", reserve=0)
     try:
         async with ledger.serving():
-            handler = Handler(Epochs([epoch_one()], identity()), ledger)
-            world = World(directory, ledger, Wire(handler.answer))
+            clock = Clock()
+            handler = Handler(Epochs([epoch_one()], identity()), ledger, clock)
+            world = World(directory, ledger, Wire(handler.answer), clock)
             try:
                 yield world
             finally:

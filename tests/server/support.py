@@ -43,6 +43,7 @@ from hpkvfs.protocol.messages import (
 from hpkvfs.protocol.tariff import Tariff
 from hpkvfs.protocol.voucher import Voucher
 from hpkvfs.types import BLOB_SIZE, ENTRY_SIZE
+from tests.doubles import Clock
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,19 +153,6 @@ def open_entry(key: SigningKey, entry: bytes = UNOPENED) -> OpenEntryRequest:
     """A signed request to open an entry, or to ask which there is."""
     request = OpenEntryRequest(key.public, entry)
     return replace(request, signature=key.sign(request.signed))
-
-
-@dataclass
-class Clock:
-    """A clock that stands still unless it is moved."""
-
-    seconds: float = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def pass_hours(self, hours: float) -> None:
-        self.seconds += 3_600 * hours
 
 
 @dataclass

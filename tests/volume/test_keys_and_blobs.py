@@ -33,6 +33,7 @@ def test_keys_are_those_of_the_vectors() -> None:
     assert KEYS.signer(BlobId(0)).public.hex() == VECTORS["blob_0"]
     assert KEYS.signer(BlobId(258)).public.hex() == VECTORS["blob_258"]
     assert KEYS.signer(BlobId(ANCHOR_BIT | 7)).public.hex() == VECTORS["anchor_7"]
+    assert KEYS.entry_signer(bytes(32)).public.hex() == VECTORS["entry_of_zeros"]
     assert KEYS.fingerprint.hex() == VECTORS["fingerprint"]
 
 
