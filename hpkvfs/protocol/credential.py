@@ -15,7 +15,6 @@ nonce never meets two challenges. A client never shows one credential in two req
 from __future__ import annotations
 
 import hashlib
-import hmac
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -112,6 +111,7 @@ _PRESENTED: Final = {
     Operation.DELETE: (2,),
     Operation.STORE_ENTRY: (2,),
 }
+_WIDE_SIZE: Final = 48
 _ISSUER_SIZE: Final = 7 * SCALAR_SIZE
 _CREDENTIAL: Final = struct.Struct(">I32s32s33s33s")
 _DRAFT: Final = struct.Struct(">32sI32sI32s")
@@ -260,7 +260,10 @@ class CredentialRequest:
     @property
     def serials(self) -> tuple[bytes, ...]:
         """33 bytes for each credential presented: what makes a second spending visible."""
-        return tuple(shown.serial.encode() for shown in self.shown)
+        ends = range(
+            _SHOWN * POINT_SIZE, (len(self.shown) * _SHOWN + 1) * POINT_SIZE, _SHOWN * POINT_SIZE
+        )
+        return tuple(self.encoded[end - POINT_SIZE : end] for end in ends)
 
 
 def _points_size(presented: int) -> int:
@@ -429,9 +432,13 @@ def _request(table: DigitTable, amount: int, rng: Rng) -> tuple[Requested, Vecto
 def _nonces(transcript: Transcript, presented: int, secrets: Vector, rng: Rng) -> Vector:
     """Fresh nonces, hedged: should the rng repeat itself, statement and secrets still differ."""
     seed = rng(32) + transcript.digest() + b"".join(map(encode_scalar, secrets))
-    count = len(secrets) - 1
-    stream = hashlib.shake_256(b"hpkv/nonces/v1" + seed).digest(48 * count)
-    return _complete(presented, [wide_scalar(piece) for piece in split(stream, 48)], 0)
+    return _complete(presented, _expand(b"hpkv/nonces/v1" + seed, len(secrets) - 1), 0)
+
+
+def _expand(seed: bytes, count: int) -> Vector:
+    """Scalars in 1..n-1 from a secret seed."""
+    stream = hashlib.shake_256(seed).digest(_WIDE_SIZE * count)
+    return tuple(map(wide_scalar, split(stream, _WIDE_SIZE)))
 
 
 class Draft:
@@ -535,7 +542,7 @@ class _MacKey(NamedTuple):
 class Issuer:
     """An epoch's secret key: verifies requests and issues credentials; has no repr."""
 
-    __slots__ = ("_digit_key", "_key", "_prf_key", "_w_gw", "_y", "parameters")
+    __slots__ = ("_digit_key", "_key", "_minus_w_gw", "_prf_key", "_w_gw", "_y", "parameters")
 
     def __init__(self, key: Sequence[int], y: int, prf_key: bytes) -> None:
         """Of (w, w', x0, x1, ya) and y, all non-zero, and 32 bytes; see generate()."""
@@ -544,6 +551,7 @@ class Issuer:
         self._prf_key = prf_key
         self._digit_key = DigitKey(y)
         self._w_gw = multiply_secret(GW, self._key.w)
+        self._minus_w_gw = -self._w_gw
         self.parameters: Final = self._publish()
         """The public half, always the same for the same key."""
 
@@ -569,13 +577,13 @@ class Issuer:
         w, wp, x0, x1, ya = self._key
         cw = multiexp_secret(((GW, w), (GWP, wp)))
         i = multiexp_secret(((GX0, -x0), (GX1, -x1), (GA, -ya)), GV.point)
-        table = self._digit_key.table(self._prf("table", encode_scalar(self._y)))
+        (nonce,) = self._prf("table", encode_scalar(self._y), 1)
+        table = self._digit_key.table(nonce)
         return IssuerParameters(cw, i, table)
 
-    def _prf(self, label: str, data: bytes) -> int:
-        """A scalar in 1..n-1 that only this issuer can compute."""
-        message = bytes([len(label)]) + label.encode() + data
-        return wide_scalar(hmac.digest(self._prf_key, message, "sha512"))
+    def _prf(self, label: str, data: bytes, count: int) -> Vector:
+        """Scalars in 1..n-1 that only this issuer can compute."""
+        return _expand(self._prf_key + bytes([len(label)]) + label.encode() + data, count)
 
     def verify(self, statement: Statement, request: CredentialRequest) -> None:
         """Check every claim of the request about this statement; BadProof if one is false."""
@@ -617,8 +625,9 @@ class Issuer:
         )
         return multiexp_secret(
             ((cx0, -key.x0), (cx1, -key.x1), (ca, -key.ya)),
-            add(first.cv, -self._w_gw),
-            multiply(add(second.cv, -self._w_gw), weights.z),
+            first.cv,
+            self._minus_w_gw,
+            multiply(add(second.cv, self._minus_w_gw), weights.z),
             multiply(first.serial, weights.serial),
             multiply(second.serial, weights.serial2),
         )
@@ -631,27 +640,24 @@ class Issuer:
         """
         binding = statement.binding(len(request.shown), request.encoded)
         first, second = (r.m for r in request.requested)
-        issued = self._draw(binding, 0), self._draw(binding, 1)
+        issued = self._draw(binding)
         macs = [self._mac(c, m) for c, m in zip(issued, (first, second), strict=True)]
         transcript = _issuance_transcript(self.parameters, binding, macs)
-        nonces, weight = self._issuance_nonces(transcript), transcript.weights()[0]
+        # From all that the challenge will cover: equal nonces mean an equal challenge.
+        nonces = self._prf("nonce", transcript.digest(), ISSUANCE_LENGTH)
+        weight = transcript.weights()[0]
         rows = issuance_rows(issued, ((mix(first, second, weight), 1),), weight, nonces)
         challenge = _challenge(transcript, commit_secret(rows))
         responses = respond(nonces, self._key, challenge)
         return _encode_macs(macs) + b"".join(map(encode_scalar, (challenge, *responses)))
 
-    def _draw(self, binding: bytes, index: int) -> Issued:
+    def _draw(self, binding: bytes) -> tuple[Issued, Issued]:
         """t, and u, which is as secret as the key: knowing it of a few MACs, one could forge."""
-        seed = binding + bytes([index])
-        return Issued(self._prf("t", seed), G, self._prf("u", seed))
+        t1, u1, t2, u2 = self._prf("macs", binding, 2 * REQUESTED)
+        return Issued(t1, G, u1), Issued(t2, G, u2)
 
     def _mac(self, c: Issued, m: Point) -> Mac:
         """U = u G and V = w Gw + (x0 + x1 t) U + ya M."""
         key = self._key
         terms = (G, c.u * (key.x0 + key.x1 * c.t)), (m, key.ya)
         return Mac(c.t, generator_multiple(c.u), multiexp_secret(terms, self._w_gw))
-
-    def _issuance_nonces(self, transcript: Transcript) -> Vector:
-        """From all that the challenge will cover: equal nonces mean an equal challenge."""
-        seed = transcript.digest()
-        return tuple(self._prf("nonce", seed + bytes([i])) for i in range(ISSUANCE_LENGTH))

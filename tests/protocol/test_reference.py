@@ -7,7 +7,6 @@ the document, and not only the implementation, says how it is made.
 from __future__ import annotations
 
 import hashlib
-import hmac
 from functools import cache
 
 import pytest
@@ -129,15 +128,16 @@ class Known:
             ("context", bytes.fromhex(text["context"])),
             ("delta", self.delta.to_bytes(8, "big", signed=True)),
         )
-        self.cw = lin((self.w, gen("Gw")), (self.wp, gen("Gwp")))
+        self.cw = lin((self.w, gen("Gw")), (self.wp, G))
         self.i = lin(
             (1, gen("GV")), (-self.x0, gen("Gx0")), (-self.x1, gen("Gx1")), (-self.ya, gen("Ga"))
         )
         self.issuer = transcript("hpkv/issuer/v1", ("parameters", parameters().encoded))[:32]
 
-    def prf(self, label: str, data: bytes) -> int:
-        message = bytes([len(label)]) + label.encode() + data
-        return num(hmac.digest(self.prf_key, message, "sha512")) % (N - 1) + 1
+    def prf(self, label: str, data: bytes, count: int) -> list[int]:
+        message = self.prf_key + bytes([len(label)]) + label.encode() + data
+        stream = hashlib.shake_256(message).digest(48 * count)
+        return [num(piece) % (N - 1) + 1 for piece in cut(stream, 48)]
 
     def binding(self) -> bytes:
         fields = (*self.statement, ("presented", b"\2"), ("request", self.request))
@@ -176,7 +176,7 @@ def test_the_table_is_proven_as_documented(known: Known) -> None:
             hashlib.shake_256(transcript(domain, ("table", table))).digest(255 * 16), 16
         )
     ]
-    k = known.prf("table", known.y.to_bytes(32, "big"))
+    (k,) = known.prf("table", known.y.to_bytes(32, "big"), 1)
     p = sum(r * pow(known.y + d, -1, N) for d, r in enumerate(rho, 1))
     commitments = enc(mul(k, dec(table[:33]))) + enc(mul(k * p, G))
     assert e == short(transcript(domain, ("table", table), ("commitments", commitments))[:16])
@@ -230,22 +230,22 @@ def test_the_request_is_as_documented(known: Known) -> None:
 def test_the_reply_is_as_documented(known: Known) -> None:
     binding = known.binding()
     ms = [dec(known.request[330 + 165 * i : 363 + 165 * i]) for i in (0, 1)]
-    ts = [known.prf("t", binding + bytes([i])) for i in (0, 1)]
-    us = [mul(known.prf("u", binding + bytes([i])), G) for i in (0, 1)]
+    drawn = known.prf("macs", binding, 4)
+    ts, us = drawn[::2], [mul(u, G) for u in drawn[1::2]]
     macs = b"".join(
         t.to_bytes(32, "big") + enc(u) + enc(known.mac(t, u, m))
         for t, u, m in zip(ts, us, ms, strict=True)
     )
     fields = [("issuer", known.issuer), ("request", binding), ("macs", macs)]
     seed = transcript("hpkv/issuance/v1", *fields)
-    w, wp, x0, x1, ya = k = [known.prf("nonce", seed + bytes([i])) for i in range(5)]
+    w, wp, x0, x1, ya = k = known.prf("nonce", seed, 5)
     p = weights_of(seed)[0]
     mixed = [(w, gen("Gw"))]
     for share, t, u, m in zip((p, 1 - p), ts, us, ms, strict=True):
         mixed += [(share * (x0 + x1 * t), u), (share * ya, m)]
     commitments = enc(lin(*mixed))
     commitments += enc(lin((x0, gen("Gx0")), (x1, gen("Gx1")), (ya, gen("Ga"))))
-    commitments += enc(lin((w, gen("Gw")), (wp, gen("Gwp"))))
+    commitments += enc(lin((w, gen("Gw")), (wp, G)))
     challenge = transcript("hpkv/issuance/v1", *fields, ("commitments", commitments))
     e = short(challenge[:16])
     key = known.w, known.wp, known.x0, known.x1, known.ya
