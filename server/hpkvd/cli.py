@@ -19,12 +19,20 @@ import click
 from hpkvd import config as settings
 from hpkvd import epochs as epoch_files
 from hpkvd import identity as identity_file
-from hpkvd.commands import Failure, data_option, failures, json_option, load_epochs, open_ledger
+from hpkvd.commands import (
+    Failure,
+    data_option,
+    failures,
+    json_option,
+    ledger_option,
+    ledger_url,
+    load_epochs,
+    open_ledger,
+)
 from hpkvd.commands.serve import serve, worker
 from hpkvd.config import Config
 from hpkvd.epochs import Epochs
-from hpkvd.ledger import Totals
-from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.ledger import Totals, urls
 from hpkvd.payments import vouchers
 from hpkvfs.protocol.credential import AMOUNT_LIMIT
 from hpkvfs.protocol.tariff import Tariff
@@ -49,6 +57,7 @@ main.add_command(worker)
     epilog="Examples: hpkvd init;  hpkvd init --data /srv/hpkvd --insert 20 --refund 15",
 )
 @data_option
+@ledger_option
 @click.option("--look-up", type=int, default=1, show_default=True, help="Tokens for a look-up.")
 @click.option("--insert", type=int, default=10, show_default=True, help="Tokens for a blob stored.")
 @click.option("--refund", type=int, default=8, show_default=True, help="Tokens back for deleting.")
@@ -58,7 +67,13 @@ main.add_command(worker)
               help="How long an entry can be opened after it was first opened.")  # fmt: skip
 @failures
 def init(
-    data: Path, look_up: int, insert: int, refund: int, entry: int | None, entry_hours: int
+    data: Path,
+    ledger: str | None,
+    look_up: int,
+    insert: int,
+    refund: int,
+    entry: int | None,
+    entry_hours: int,
 ) -> None:
     """Make a data directory: settings, identity, the first epoch's keys, an empty ledger.
 
@@ -66,12 +81,16 @@ def init(
     """
     try:
         entry = insert if entry is None else entry
-        config = Config(tariff=Tariff(look_up, insert, refund, entry, entry_hours))
+        config = Config(
+            ledger=ledger or "", tariff=Tariff(look_up, insert, refund, entry, entry_hours)
+        )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    url = ledger_url(data, config)
+    urls.sqlite_path(url)  # say now if it is none
     _make_empty(data)
     identity_file.create(data / settings.IDENTITY, secrets.token_bytes)
-    SqliteLedger.create(data / settings.LEDGER)
+    urls.create(url)
     epoch = epoch_files.first_epoch(config.tariff, secrets.token_bytes)
     epoch_files.save(data / settings.EPOCHS, epoch)
     (data / settings.FILE).write_text(config.render())
@@ -100,17 +119,18 @@ def _make_empty(data: Path) -> None:
     show_default=True,
 )
 @json_option
+@ledger_option
 @failures
-def voucher(data: Path, amount: int, count: int, as_json: bool) -> None:
+def voucher(data: Path, ledger: str | None, amount: int, count: int, as_json: bool) -> None:
     """Make vouchers, one on each line; also while the server runs.
 
     A voucher is money to whoever reads it first, and cannot be shown again.
     """
-    ledger = open_ledger(data, settings.load(data))
+    desk = open_ledger(data, settings.load(data), ledger)
     try:
-        made = vouchers.make(ledger, amount, count, secrets.token_bytes)
+        made = vouchers.make(desk, amount, count, secrets.token_bytes)
     finally:
-        ledger.close()
+        desk.close()
     if as_json:
         texts = [{"amount": one.amount, "voucher": str(one)} for one in made]
         click.echo(json.dumps({"vouchers": texts}))
@@ -124,14 +144,15 @@ def voucher(data: Path, amount: int, count: int, as_json: bool) -> None:
 )
 @data_option
 @json_option
+@ledger_option
 @failures
-def status(data: Path, as_json: bool) -> None:
+def status(data: Path, ledger: str | None, as_json: bool) -> None:
     """Tell how much is stored and spent; also while the server runs."""
-    ledger = open_ledger(data, settings.load(data))
+    desk = open_ledger(data, settings.load(data), ledger)
     try:
-        report = _report(load_epochs(data), ledger.totals())
+        report = _report(load_epochs(data), desk.totals())
     finally:
-        ledger.close()
+        desk.close()
     click.echo(json.dumps(report) if as_json else _text(report))
 
 

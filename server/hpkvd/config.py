@@ -6,6 +6,7 @@ one that is silently ignored.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -31,6 +32,13 @@ workers = {workers}
 # Counts for Prometheus, as "127.0.0.1:9387"; "": none. docs/operator.md says what they leak.
 metrics = "{metrics}"
 
+# Where the ledger is: "": the file ledger.sqlite here; "sqlite:///DIR/FILE"; or
+# "postgresql://USER@HOST,STANDBY/DATABASE", for several servers and for fail-over.
+ledger = "{ledger}"
+
+# GiB of blobs at which insertions stop; 0: only when the disk is full.
+max_gib = {max_gib}
+
 # Free disk space, in MiB, that insertions leave for look-ups, deletions and refunds.
 reserve_mib = {reserve_mib}
 
@@ -49,7 +57,7 @@ stop_seconds = {stop_seconds}       # for the last answers when the server is st
 """
 
 T = TypeVar("T", Tariff, Limits)
-_PLAIN: Final = ("listen", "workers", "metrics", "reserve_mib")
+_PLAIN: Final = ("listen", "workers", "metrics", "ledger", "max_gib", "reserve_mib")
 
 
 class ConfigError(Exception):
@@ -63,6 +71,8 @@ class Config:
     listen: str = "127.0.0.1:7387"
     workers: int = 0
     metrics: str = ""
+    ledger: str = field(default="", repr=False)  # it may have a password
+    max_gib: int = 0
     reserve_mib: int = 64
     tariff: Tariff = field(default_factory=Tariff)
     limits: Limits = field(default_factory=Limits)
@@ -71,7 +81,9 @@ class Config:
         """The file that load reads as this."""
         tables = {one.name: getattr(self.tariff, one.name) for one in fields(Tariff)}
         tables |= {one.name: getattr(self.limits, one.name) for one in fields(Limits)}
-        return TEMPLATE.format(**{name: getattr(self, name) for name in _PLAIN}, **tables)
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        plain["ledger"] = json.dumps(self.ledger)[1:-1]
+        return TEMPLATE.format(**plain, **tables)
 
 
 def load(data: Path) -> Config:
@@ -105,8 +117,8 @@ def _config(table: dict[str, Any]) -> Config:
     )
     _refuse_rest(table)
     address(config.listen)
-    if config.workers < 0:
-        raise ConfigError("workers cannot be negative")
+    if config.workers < 0 or config.max_gib < 0:
+        raise ConfigError("workers and max_gib cannot be negative")
     if config.reserve_mib < 0 or config.limits.connections < 1 or config.limits.seconds <= 0:
         raise ConfigError("reserve_mib cannot be negative, nor any limit zero")
     return config

@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -277,3 +278,11 @@ def read_all(connection: socket.socket) -> bytes:
     while len(received) <= REPLY_SIZE and (part := connection.recv(65536)):
         received += part
     return received
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    """Wait for something to come true; AssertionError if it does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ import trio
 from hpkvd import supervisor
 from hpkvd.supervisor import Supervisor
 from hpkvfs.protocol.messages import Parameters, ParametersRequest, decode_reply
-from tests.server.support import ROOT, ServerProcess, hpkvd, new_blob, new_key, read_all
+from tests.server.support import ROOT, ServerProcess, hpkvd, new_blob, new_key, read_all, until
 from tests.server.test_process import Customer, check_acknowledged, funded, status
 
 
@@ -41,13 +41,6 @@ def children(server: ServerProcess) -> set[int]:
     for listed in Path(f"/proc/{server.process.pid}/task").glob("*/children"):
         found.update(map(int, listed.read_text().split()))
     return found
-
-
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.02)
 
 
 def test_a_worker_killed_under_load_loses_nothing_and_is_replaced(server: ServerProcess) -> None:

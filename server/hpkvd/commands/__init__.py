@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 import platformdirs
+from click.core import ParameterSource
 
 from hpkvd import config as settings
 from hpkvd import epochs as epoch_files
@@ -17,11 +18,12 @@ from hpkvd import identity as identity_file
 from hpkvd.config import Config, ConfigError
 from hpkvd.epochs import EpochError, Epochs
 from hpkvd.identity import IdentityError
-from hpkvd.ledger import LedgerBusy, LedgerError
-from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.ledger import Engine, LedgerBusy, LedgerError, urls
 from hpkvd.supervisor import WorkerFailed
+from hpkvfs.types import BLOB_SIZE
 
 MIB: Final = 2**20
+GIB: Final = 2**30
 
 
 class Failure(click.ClickException):
@@ -71,6 +73,26 @@ data_option = click.option(
     show_default="$HPKVD_DATA or ~/.local/share/hpkvd",
     help="Directory of settings, keys and the ledger.",
 )
+
+
+def _no_password(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Everybody on a machine can read command lines."""
+    source = context.get_parameter_source(option.name or "")
+    if value and source is ParameterSource.COMMANDLINE and urls.has_password(value):
+        raise click.UsageError(
+            "others can read a password on the command line: give the URL in $HPKVD_LEDGER or in"
+            " hpkvd.toml, or keep the password in ~/.pgpass"
+        )
+    return value
+
+
+ledger_option = click.option(
+    "--ledger",
+    metavar="URL",
+    envvar="HPKVD_LEDGER",
+    callback=_no_password,
+    help="sqlite:///DIR/FILE or postgresql://USER@HOST/DATABASE, instead of the settings'.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 
 
@@ -80,6 +102,15 @@ def load_epochs(data: Path) -> Epochs:
     return epoch_files.load(data / settings.EPOCHS, identity)
 
 
-def open_ledger(data: Path, config: Config) -> SqliteLedger:
-    """The ledger that the settings name; LedgerError."""
-    return SqliteLedger(data / settings.LEDGER, reserve=config.reserve_mib * MIB)
+def ledger_url(data: Path, config: Config, given: str | None = None) -> str:
+    """Where the ledger is: as given, else as the settings say, else a file beside them."""
+    return given or config.ledger or f"sqlite://{(data / settings.LEDGER).absolute()}"
+
+
+def open_ledger(data: Path, config: Config, given: str | None = None) -> Engine:
+    """The ledger of a data directory; LedgerError."""
+    return urls.open_ledger(
+        ledger_url(data, config, given),
+        reserve=config.reserve_mib * MIB,
+        max_blobs=config.max_gib * GIB // BLOB_SIZE,
+    )

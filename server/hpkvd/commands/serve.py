@@ -19,7 +19,7 @@ import trio
 
 from hpkvd import config as settings
 from hpkvd import log, loopback, serving, supervisor, systemd
-from hpkvd.commands import Failure, data_option, failures, load_epochs, open_ledger
+from hpkvd.commands import Failure, data_option, failures, ledger_option, load_epochs, open_ledger
 from hpkvd.config import Config, ConfigError
 from hpkvd.handler import Handler
 from hpkvd.metrics import Board, Meter
@@ -32,6 +32,7 @@ from hpkvd.supervisor import Channel, Supervisor
     epilog="Examples: hpkvd serve;  hpkvd serve --listen 127.0.0.1:0 --workers 4",
 )
 @data_option
+@ledger_option
 @click.option("--listen", metavar="HOST:PORT", help="Instead of the settings'; port 0 picks one.")
 @click.option(
     "--workers",
@@ -44,7 +45,12 @@ from hpkvd.supervisor import Channel, Supervisor
 @click.option("--ready-fd", type=int, metavar="N", help="Write the address to this descriptor.")
 @failures
 def serve(
-    data: Path, listen: str | None, workers: int | None, metrics: str | None, ready_fd: int | None
+    data: Path,
+    ledger: str | None,
+    listen: str | None,
+    workers: int | None,
+    metrics: str | None,
+    ready_fd: int | None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is being answered.
 
@@ -56,13 +62,15 @@ def serve(
     epochs = load_epochs(data)
     if epochs.newest.tariff != config.tariff:
         log.tell("the tariff in the settings differs from the epoch's, which stays until the next")
-    open_ledger(data, config).close()  # say now what is wrong with it, and once
+    if ledger is not None:
+        os.environ["HPKVD_LEDGER"] = ledger  # for the workers; not in their command lines
+    open_ledger(data, config, ledger).close()  # say now what is wrong with it, and once
     page_address = _metrics_address(metrics or config.metrics)
     sockets = systemd.take_sockets() or _bind(Address(*settings.address(listen or config.listen)))
     announce = partial(_announce, ready_fd, serving.name(sockets[0]))
     count = config.workers or supervisor.cores() if workers is None else workers
     if count == 0:
-        trio.run(_alone, data, config, sockets, page_address, announce)
+        trio.run(_alone, data, config, ledger, sockets, page_address, announce)
     else:
         trio.run(_supervise, data, config, sockets, count, page_address, announce)
     log.tell("stopped")
@@ -70,14 +78,15 @@ def serve(
 
 @click.command(hidden=True)
 @data_option
+@ledger_option
 @click.option("--socket", "fds", type=int, multiple=True, required=True)
 @click.option("--channel", "channel_fd", type=int, required=True)
 @failures
-def worker(data: Path, fds: Sequence[int], channel_fd: int) -> None:
+def worker(data: Path, ledger: str | None, fds: Sequence[int], channel_fd: int) -> None:
     """One of the processes of `hpkvd serve`; not for people."""
     log.start()
     sockets = [socket.socket(fileno=fd) for fd in fds]
-    trio.run(_work, data, settings.load(data), sockets, channel_fd)
+    trio.run(_work, data, settings.load(data), ledger, sockets, channel_fd)
 
 
 async def _supervise(
@@ -110,6 +119,7 @@ async def _supervise(
 async def _alone(
     data: Path,
     config: Config,
+    url: str | None,
     sockets: Sequence[socket.socket],
     page_address: Address | None,
     announce: Callable[[], None],
@@ -124,12 +134,12 @@ async def _alone(
         nursery.start_soon(_signals, stop, None)
         nursery.start_soon(_watchdog)
         nursery.start_soon(_metrics, page_address, board, lambda: 1, meter)
-        await _answer(data, config, sockets, meter, stop, ready)
+        await _answer(data, config, url, sockets, meter, stop, ready)
         nursery.cancel_scope.cancel()
 
 
 async def _work(
-    data: Path, config: Config, sockets: Sequence[socket.socket], channel_fd: int
+    data: Path, config: Config, url: str | None, sockets: Sequence[socket.socket], channel_fd: int
 ) -> None:
     meter, stop, ready = Meter(), trio.Event(), trio.Event()
     channel = Channel(channel_fd, meter.snapshot)
@@ -146,19 +156,20 @@ async def _work(
         nursery.start_soon(_signals, stop, None, True)
         nursery.start_soon(follow_parent)
         nursery.start_soon(report)
-        await _answer(data, config, sockets, meter, stop, ready.set)
+        await _answer(data, config, url, sockets, meter, stop, ready.set)
         nursery.cancel_scope.cancel()
 
 
 async def _answer(
     data: Path,
     config: Config,
+    url: str | None,
     sockets: Sequence[socket.socket],
     meter: Meter,
     stop: trio.Event,
     ready: Callable[[], None],
 ) -> None:
-    ledger = open_ledger(data, config)
+    ledger = open_ledger(data, config, url)
     try:
         async with ledger.serving():
             handler = Handler(load_epochs(data), ledger, meter=meter)

@@ -17,6 +17,7 @@ storage key. (Except that a breakglass entry which was opened has the hour at wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -190,4 +191,16 @@ class Desk(Protocol):
 
     def totals(self) -> Totals:
         """One consistent view of the books."""
+        ...
+
+
+class Engine(Ledger, Desk, Protocol):
+    """A ledger and a desk in one place: what `hpkvd` opens."""
+
+    def serving(self) -> AbstractAsyncContextManager[object]:
+        """Perform what is asked; what was asked is performed before this ends."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; idempotent."""
         ...

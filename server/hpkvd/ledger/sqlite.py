@@ -188,14 +188,16 @@ class _Waiting:
 
 
 class SqliteLedger:
-    """A Ledger (inside `serving`) and a Desk. `reserve`: free bytes of disk insertions leave."""
+    """A Ledger (inside `serving`) and a Desk. `reserve`: free bytes of disk insertions leave;
+    `max_blobs`: they stop there; 0: never."""
 
-    def __init__(self, path: Path, *, reserve: int = RESERVE) -> None:
+    def __init__(self, path: Path, *, reserve: int = RESERVE, max_blobs: int = 0) -> None:
         """Open a ledger that exists; LedgerError when it does not, or is not one of ours."""
         if not path.is_file():
             raise LedgerError(f"there is no ledger at {path}; run `hpkvd init` first")
         self._directory = path.parent
         self._reserve = reserve
+        self._max_blobs = max_blobs
         self._queue: deque[_Waiting] = deque()
         self._wake = trio.Event()
         self._complaints = Complaints()
@@ -256,7 +258,7 @@ class SqliteLedger:
     async def refusal(self, change: Change) -> Reason | None:
         """Why this change would be refused at this moment; to spare a costly proof."""
         with _translated():
-            if isinstance(change, Insert | StoreEntry) and self._free() < self._reserve:
+            if isinstance(change, Insert | StoreEntry) and not self._has_room():
                 return Reason.FULL
             return _refusal(self._read, change)
 
@@ -270,9 +272,13 @@ class SqliteLedger:
         with _translated():
             return _entry(self._read, key, now)
 
-    def _free(self) -> int:
+    def _has_room(self) -> bool:
+        if self._max_blobs:
+            (blobs,) = self._read.execute("SELECT blobs FROM books").fetchone()
+            if blobs >= self._max_blobs:
+                return False
         disk = os.statvfs(self._directory)
-        return disk.f_bavail * disk.f_frsize
+        return disk.f_bavail * disk.f_frsize >= self._reserve
 
     # -- Ledger: writing ----------------------------------------------------------------------
 
