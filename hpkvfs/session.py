@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +49,7 @@ from hpkvfs.types import (
 from hpkvfs.volume import fsck, gc
 from hpkvfs.volume.anchor import Anchor, find_newest
 from hpkvfs.volume.blob import Sealer
+from hpkvfs.volume.deadlist import Dead
 from hpkvfs.volume.items import Clock, NameHash
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.volume.volume import Known, MissingExtent, Volume
@@ -97,6 +97,7 @@ class Session:
         options: Options,
         clock: Clock,
         breakglass: Breakglass,
+        rng: Rng,
     ) -> None:
         self.keys = keys
         self.breakglass = breakglass
@@ -104,6 +105,7 @@ class Session:
         self.volume = volume
         self.options = options
         self._journal = journal
+        self._rng = rng
         self._fs = fs
         self._connected = False
         self._connecting = trio.Lock()
@@ -179,6 +181,11 @@ class Session:
         return self.store.balance.total // self._tariff.insert - RESERVED_BLOBS
 
     # -- fs.publisher.Records ------------------------------------------------------------
+
+    async def sync_log(self) -> None:
+        """Return when all changes so far are in the redo log, durably; VaultError."""
+        with _log_trouble():
+            await trio.to_thread.run_sync(self._fs.syncer())
 
     async def save_known(self, known: Known) -> None:
         """Remember the newest generation, durably."""
@@ -404,14 +411,16 @@ class Session:
         """Publish, delete every dead blob for its refund, publish that."""
         await self.publish(progress)
         result = gc.Collected()
-        shuffle = random.SystemRandom().shuffle
         try:
-            await gc.collect(self.volume, result, shuffle, progress)
+            await gc.collect(self.volume, result, self._shuffle, progress)
         finally:
             self.publisher.removed |= {*result.deleted, *result.absent}
         if self.publisher.removed:
             await self.publish()
         return result
+
+    def _shuffle(self, entries: list[Dead]) -> None:
+        entries.sort(key=lambda _: self._rng(16))
 
     async def fsck(
         self, *, extents: bool, progress: Progress = lambda done, total: None
@@ -508,30 +517,40 @@ async def open_session(
     `keep_going`.
     """
     with state.locked():
-        journal = Journal(state.wallet, keys.secret("wallet"), rng)
-        redo = RedoLog(state.path, keys.secret("redo"), rng)
-        try:
-            session = _build(state, keys, dialer, options, journal, redo, clock, rng)
+        with (
+            closing(Journal(state.wallet, keys.secret("wallet"), rng)) as journal,
+            closing(BlobCache(state.cache, keys.secret("cache"), options.cache_bytes, rng)) as cache,
+            closing(RedoLog(state.path, keys.secret("redo"), rng)) as redo,
+        ):
+            session = _build(keys, dialer, options, journal, cache, redo, clock, rng)
             if session.volume.known is not None or state.is_new:
-                session.load_local(uid, gid)
+                with _log_trouble():
+                    session.load_local(uid, gid)
             yield session
-        finally:
-            redo.close()
-            journal.close()
+
+
+@contextmanager
+def _log_trouble() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise VaultError(
+            f"the local log cannot be used: {error.strerror}",
+            "make room on the disk, or see what is wrong with it; nothing is lost",
+        ) from error
 
 
 def _build(
-    state: StateDirectory,
     keys: VaultKeys,
     dialer: Dialer,
     options: Options,
     journal: Journal,
+    cache: BlobCache,
     redo: RedoLog,
     clock: Clock,
     rng: Rng,
 ) -> Session:
     store = RemoteStore(journal, dialer, rng, patience=options.patience)
-    cache = BlobCache(state.cache, keys.secret("cache"), options.cache_bytes, rng)
     volume = Volume(keys, Sealer(keys, rng), store, cache, _load_known(journal))
     writer = journal.meta(_WRITER)
     if writer is None:
@@ -541,5 +560,7 @@ def _build(
     breakglass = Breakglass(keys, store, journal, clock, rng)
     rooms: list[Session] = []
     fs = Filesystem(volume, redo, names, clock, lambda size: rooms[0].room(size))
-    rooms.append(Session(keys, journal, store, volume, fs, writer, options, clock, breakglass))
+    rooms.append(
+        Session(keys, journal, store, volume, fs, writer, options, clock, breakglass, rng)
+    )
     return rooms[0]

@@ -37,6 +37,10 @@ Progress = Callable[[int, int], None]
 class Records(Protocol):
     """Durable local facts of this client."""
 
+    async def sync_log(self) -> None:
+        """Everything that was changed so far is in the local log; durable on return."""
+        ...
+
     async def save_known(self, known: Known) -> None:
         """The newest generation this client has seen; durable on return."""
         ...
@@ -181,6 +185,10 @@ class Publisher:
         """Store all of a step, in parallel; after a failure nothing more is started."""
         todo = [sealed for sealed in step.blobs if sealed.ref not in attempt.stored]
         total, unstored = len(step.blobs), len(attempt.stored) + len(todo)
+        if any(sealed.ref.id & ANCHOR_BIT for sealed in todo):
+            # Or a power failure could leave a local log that is behind what is published, whose
+            # replay would undo some of it.
+            await self._records.sync_log()
 
         async def store(sealed: Sealed) -> None:
             await self._store_one(sealed)

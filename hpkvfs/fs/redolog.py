@@ -2,14 +2,18 @@
 
 Files `redo.N`, N counting up; a published anchor says up to which N it covers. A file:
 
-    "HPKVREDO" version(1) number(8) salt(16), then records
+    "HPKVREDO" version(1) number(8) previous(8) records(4) salt(16), then records
     record: u32 length || ChaCha20-Poly1305(key, nonce = record index, msgpack [effect, ...])
-    key = HMAC-SHA256(redo key, salt || number)
+    key = HMAC-SHA256(redo key, header)
+
+`previous` is the file that had the record before this file's first, `records` how many it had.
 
 Invariants
   - one record is one operation: it is there whole or not at all;
   - a record is appended before its effects are visible, and a `syncer` returns only when
-    every record appended before it was made is on the disk;
+    every record appended before it was made is on the disk, those of earlier processes included;
+  - what is replayed is a prefix of what was appended: when power fails, a file may lose its end
+    and the one after it nothing, and then the latter does not follow and is left out;
   - a nonce is used once: a file is never written to again after a failed append or a restart.
 """
 
@@ -35,8 +39,8 @@ from hpkvfs.fs.layer import Cut, Effect, Gone, Put, Usage, Write
 log = logging.getLogger(__name__)
 
 _MAGIC = b"HPKVREDO"
-_VERSION = 1
-_HEADER = struct.Struct(">8sBQ16s")
+_VERSION = 2
+_HEADER = struct.Struct(">8sBQQI16s")
 _LENGTH = struct.Struct(">I")
 _EFFECTS: tuple[type[Effect], ...] = (Put, Gone, Cut, Write, Usage)
 _CODE: dict[type[Effect], int] = {kind: code for code, kind in enumerate(_EFFECTS)}
@@ -54,13 +58,18 @@ class RedoLog:
         self._retired: dict[int, int] = {}
         self._records = 0
         self._size = 0
+        self._last = (0, 0)
         self.number = 0
 
     def replay(self, covered: int) -> Iterator[list[Effect]]:
         """Every record after the files that a generation covers, in order; then starts anew."""
         files = [n for n in self._files() if n > covered]
+        self._last = (covered, 0)
         for number in files:
-            yield from self._read(number)
+            self._adopt(number)
+            for index, effects in enumerate(self._read(number, covered), 1):
+                yield effects
+                self._last = (number, index)
         self.number = max([covered, *files])
 
     def append(self, effects: Iterable[Effect]) -> None:
@@ -81,6 +90,7 @@ class RedoLog:
             raise
         self._records += 1
         self._size += len(record)
+        self._last = (self.number, self._records)
 
     def syncer(self) -> Callable[[], None]:
         """A function that returns when all appended so far is on the disk; a thread may run it."""
@@ -123,7 +133,7 @@ class RedoLog:
         salt = self._rng(16)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         self._fd = os.open(self._path(self.number), flags, 0o600)
-        header = _HEADER.pack(_MAGIC, _VERSION, self.number, salt)
+        header = _HEADER.pack(_MAGIC, _VERSION, self.number, *self._last, salt)
         try:
             os.write(self._fd, header)
             _sync_directory(self._directory)
@@ -136,15 +146,15 @@ class RedoLog:
     def _cipher_of(self, header: bytes) -> ChaCha20Poly1305:
         return ChaCha20Poly1305(hmac.digest(self._key, header, hashlib.sha256))
 
-    def _read(self, number: int) -> Iterator[list[Effect]]:
+    def _adopt(self, number: int) -> None:
+        """What an earlier process wrote and did not sync is from now on synced with the rest."""
+        if number != self.number and number not in self._retired:
+            self._retired[number] = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
+
+    def _read(self, number: int, covered: int) -> Iterator[list[Effect]]:
         raw = self._path(number).read_bytes()
-        if len(raw) < _HEADER.size:
+        if not self._follows(number, raw, covered):
             return
-        magic, version, found, _ = _HEADER.unpack_from(raw)
-        if magic != _MAGIC or found != number:
-            raise VaultError(f"redo log {number} is not one of this vault's")
-        if version > _VERSION:
-            raise NewerFormat(f"redo log {number} was written by a newer hpkvfs")
         cipher = self._cipher_of(raw[: _HEADER.size])
         at, index = _HEADER.size, 0
         while at + _LENGTH.size <= len(raw):
@@ -157,6 +167,22 @@ class RedoLog:
                 return
             yield [_effect(form) for form in msgpack.unpackb(body, raw=False)]
             at, index = end, index + 1
+
+    def _follows(self, number: int, raw: bytes, covered: int) -> bool:
+        """Whether a file goes on where the last one that was read ended."""
+        if len(raw.rstrip(b"\0")) < _HEADER.size:
+            return False  # power failed before anything of it was on the disk
+        magic, version, found, *before, _ = _HEADER.unpack_from(raw)
+        if magic != _MAGIC:
+            raise VaultError(f"redo log {number} is not one of this vault's")
+        if version > _VERSION:
+            raise NewerFormat(f"redo log {number} was written by a newer hpkvfs")
+        if version < _VERSION or found != number:
+            raise VaultError(f"redo log {number} is not one that this hpkvfs can read")
+        if before[0] <= covered or tuple(before) == self._last:
+            return True
+        log.warning("redo log %d does not follow what is left of log %d", number, before[0])
+        return False
 
     def _files(self) -> list[int]:
         names = (p.name.removeprefix("redo.") for p in self._directory.glob("redo.*"))

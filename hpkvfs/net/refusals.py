@@ -16,6 +16,10 @@ class OldCounter(Refusal):
     """A newer breakglass entry is stored."""
 
 
+class NoRoom(Refusal):
+    """The server's disk is full; the same request may be performed when it is repeated."""
+
+
 class BadVoucher(UserError, Refusal):
     """A voucher that buys nothing."""
 
@@ -42,7 +46,7 @@ _WHY: Final[dict[Reason, tuple[type[Refusal], str, str]]] = {
         "copy it whole, as the operator gave it",
     ),
     Reason.OLD_COUNTER: (OldCounter, "a newer breakglass entry is stored already", ""),
-    Reason.FULL: (Refusal, "the server has no room left", "try again later, or ask its operator"),
+    Reason.FULL: (NoRoom, "the server has no room left", "try again later, or ask its operator"),
     Reason.BAD_PROOF: (Refusal, "the server refused a proof of ours", _BUG),
     Reason.BAD_SIGNATURE: (Refusal, "the server refused a signature of ours", _BUG),
     Reason.MALFORMED: (Refusal, "the server could not read our request", _BUG),

@@ -37,7 +37,7 @@ from hpkvfs.errors import (
 )
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
-from hpkvfs.net.refusals import UnknownEpoch, out_of_place, refusal
+from hpkvfs.net.refusals import NoRoom, UnknownEpoch, out_of_place, refusal
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol import codec
 from hpkvfs.protocol.credential import Credential, Draft, prepare
@@ -281,6 +281,8 @@ class Teller:
             await self._journal.flush()
             try:
                 return await self._answer(pending, codec.REQUEST.wrap(pending.attempts[-1].body))
+            except NoRoom:
+                raise  # the request, or a copy of it, may be performed when there is room
             except Refusal:
                 if not pending.inputs:
                     self._release(pending)
@@ -337,7 +339,7 @@ class Teller:
         return body, Attempt(statement.operation, statement.delta, fingerprint, draft.encode())
 
     async def _perform(self, pending: Pending, frame: bytes) -> Answer:
-        """Journal, ask, settle. A refusal of what has no inputs undoes it."""
+        """Journal, ask, settle. A refusal for good of what has no inputs undoes it."""
         with self._driving(pending):
             try:
                 await self._journal.begin(pending)
@@ -350,6 +352,8 @@ class Teller:
                 if not failure.sent:
                     self._release(pending)
                 raise
+            except NoRoom:
+                raise  # the request, or a copy of it, may be performed when there is room
             except Refusal:
                 if not pending.inputs:
                     self._release(pending)

@@ -233,11 +233,14 @@ class Journal:
                 self._start()
 
     def close(self) -> None:
-        """Commit what is left and close. Nothing may be waiting in `begin` or `flush`."""
+        """Commit what is left and close. Nothing may be waiting in `begin` or `flush`.
+
+        What cannot be committed any more was not promised to anyone.
+        """
         if self._writer is not None:
             self._jobs.put(None)
             self._writer.join()
-        with closing(self._database):
+        with closing(self._database), suppress(sqlite3.Error):
             if self._broken is None and not self._batch.empty:
                 self._execute(self._batch)
                 self._database.execute("COMMIT")
@@ -265,16 +268,20 @@ class Journal:
 
     def _start(self) -> None:
         self._committing, self._batch = self._batch, _Batch()
-        if self._writer is None:
-            token = trio.lowlevel.current_trio_token()
-            self._writer = threading.Thread(target=self._write, args=(token,), daemon=True)
-            self._writer.start()
         try:
             self._execute(self._committing)
         except sqlite3.Error as error:
             self._committed(self._committing, error)
         else:
-            self._jobs.put(self._committing)
+            self._hand_over(self._committing)
+
+    def _hand_over(self, batch: _Batch) -> None:
+        """Have what was executed committed elsewhere, and `_committed` called here after."""
+        if self._writer is None:
+            token = trio.lowlevel.current_trio_token()
+            self._writer = threading.Thread(target=self._write, args=(token,), daemon=True)
+            self._writer.start()
+        self._jobs.put(batch)
 
     def _execute(self, batch: _Batch) -> None:
         if batch.book is not None:

@@ -106,6 +106,9 @@ class Client:
     def space(self) -> tuple[int, int]:
         return 0, 0
 
+    async def sync_log(self) -> None:
+        self.fs.syncer()()
+
     async def save_known(self, known: Known) -> None:
         await trio.lowlevel.checkpoint()
         self.machine.known = known

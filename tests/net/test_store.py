@@ -519,6 +519,27 @@ async def test_a_false_refusal_loses_nothing(world: World) -> None:
     world.assert_conserved(store)
 
 
+async def test_a_voucher_at_a_full_server_is_not_lost(world: World) -> None:
+    """It refuses, and performs a copy of the request that comes when there is room again."""
+    store = world.client()
+    text = world.voucher(500)
+    await store.parameters()
+    answer, refused = world.wire.answer, list[bytes]()
+
+    async def full(frame: bytes) -> bytes:
+        refused.append(frame)
+        return Refused(Reason.FULL).encode()
+
+    world.wire.answer = full
+    with pytest.raises(Refusal, match="no room"):
+        await store.redeem(text)
+    world.wire.answer = answer
+    await answer(refused[0])
+    assert await store.redeem(text) == 500
+    assert store.balance.total == 500
+    world.assert_conserved(store)
+
+
 @pytest.mark.parametrize("reason", [Reason.BUSY, Reason.INTERNAL])
 async def test_a_busy_server_is_asked_again(world: World, reason: Reason) -> None:
     store = await world.rich_client()

@@ -1,0 +1,98 @@
+"""The redo log when power fails: what is replayed is a prefix of what was appended."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import pytest
+
+from hpkvfs.errors import VaultError
+from hpkvfs.fs.layer import Effect, Gone
+from hpkvfs.fs.redolog import RedoLog
+
+KEY = bytes(range(32))
+
+
+def opened(directory: Path) -> RedoLog:
+    return RedoLog(directory, KEY, secrets.token_bytes)
+
+
+def replayed(directory: Path, covered: int = 0) -> list[int]:
+    """The records that a new process finds, by what they say."""
+    return [effect.ino for (effect,) in opened(directory).replay(covered) if is_gone(effect)]
+
+
+def is_gone(effect: Effect) -> bool:
+    return isinstance(effect, Gone)
+
+
+def written(directory: Path, *files: range) -> None:
+    """A log of so many files, each with its records."""
+    log = opened(directory)
+    list(log.replay(0))
+    for records in files:
+        for number in records:
+            log.append([Gone(number)])
+        log.rotate()
+    log.close()
+
+
+def test_records_come_back_in_order_over_restarts(tmp_path: Path) -> None:
+    written(tmp_path, range(3), range(3, 5))
+    written(tmp_path, range(5, 9))
+    assert replayed(tmp_path) == list(range(9))
+    assert replayed(tmp_path, covered=1) == list(range(3, 9))
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60])
+def test_a_file_that_lost_its_end_is_not_followed_by_the_next(tmp_path: Path, cut: int) -> None:
+    """Power may fail when the older file is not on the disk and the newer one is."""
+    written(tmp_path, range(3), range(3, 5))
+    path = tmp_path / "redo.1"
+    path.write_bytes(path.read_bytes()[:-cut])
+    found = replayed(tmp_path)
+    assert found == list(range(len(found))) and len(found) < 3
+
+
+def test_what_is_written_after_a_loss_is_replayed_in_place_of_what_was_lost(tmp_path: Path) -> None:
+    written(tmp_path, range(3), range(3, 5))
+    path = tmp_path / "redo.1"
+    path.write_bytes(path.read_bytes()[:-1])
+    written(tmp_path, range(10, 12))
+    assert replayed(tmp_path) == [0, 1, 10, 11]
+
+
+@pytest.mark.parametrize("left", [0, 8, 30, 44])
+def test_a_header_that_never_reached_the_disk_is_no_damage(tmp_path: Path, left: int) -> None:
+    """A file system may give zeros for what it had not written."""
+    written(tmp_path, range(3), range(3, 5))
+    path = tmp_path / "redo.2"
+    path.write_bytes(path.read_bytes()[:left] + bytes(100))
+    assert replayed(tmp_path) == [0, 1, 2]
+
+
+def test_another_file_under_the_name_is_told(tmp_path: Path) -> None:
+    (tmp_path / "redo.1").write_bytes(b"not a redo log, but long enough to be taken for one ....")
+    with pytest.raises(VaultError):
+        replayed(tmp_path)
+
+
+def test_what_an_earlier_process_wrote_is_synced_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed process leaves records that are in the page cache only."""
+    written(tmp_path, range(3))
+    log = opened(tmp_path)
+    list(log.replay(0))
+    log.append([Gone(3)])
+    synced = list[str]()
+    monkeypatch.setattr(
+        "hpkvfs.fs.redolog.os.fdatasync",
+        lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().name),
+    )
+    log.syncer()()
+    assert synced == ["redo.1", "redo.2"]
+    log.drop(2)
+    log.close()
+    assert list(tmp_path.iterdir()) == []

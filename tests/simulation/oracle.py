@@ -1,0 +1,114 @@
+"""What must hold, during a run and after it; a breach is an AssertionError that says which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hpkvd import handler
+from hpkvfs.protocol.errors import Malformed
+from hpkvfs.protocol.messages import (
+    CredentialedRequest,
+    Done,
+    ParametersRequest,
+    decode_reply,
+    decode_request,
+)
+from hpkvfs.protocol.tariff import Operation
+from tests.fs.model import Model
+from tests.fs.play import Step, Tree, play_on_model
+
+
+@dataclass
+class Watcher:
+    """Sees every answer as it leaves, remembers all of them, and forgets nothing in a crash."""
+
+    spent: dict[bytes, bytes] = field(default_factory=dict)
+    shown: dict[bytes, set[Operation]] = field(default_factory=dict)
+    answers: dict[bytes, Done] = field(default_factory=dict)
+
+    def answered(self, frame: bytes, reply: bytes) -> None:
+        """No credential pays twice, a request has one answer, no serial is in two operations."""
+        try:
+            request = decode_request(frame)
+        except Malformed as error:
+            raise AssertionError("a client sent what no server reads") from error
+        if isinstance(request, ParametersRequest) or not request.presented:
+            return
+        serials = handler.parse(request.credentials, request.presented).serials
+        self._link(request, serials)
+        answer = decode_reply(reply)
+        if isinstance(answer, Done):
+            self._performed(request.fingerprint, serials, answer)
+
+    def _link(self, request: CredentialedRequest, serials: tuple[bytes, ...]) -> None:
+        for serial in serials:
+            operations = self.shown.setdefault(serial, set())
+            operations |= {request.operation} - {Operation.REISSUE}
+            assert len(operations) <= 1, "two operations showed one serial: they are linked"
+
+    def _performed(self, fingerprint: bytes, serials: tuple[bytes, ...], answer: Done) -> None:
+        before = self.answers.setdefault(fingerprint, answer)
+        assert (before.fact, before.issued) == (answer.fact, answer.issued), (
+            "a request was answered in two ways"
+        )
+        for serial in serials:
+            assert self.spent.setdefault(serial, fingerprint) == fingerprint, (
+                "a credential was accepted twice"
+            )
+
+
+class Story:
+    """What was done to the filesystem, and how much of it must survive what.
+
+    The tree after a crash must be one of those after the first n steps, n at least `durable`.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.trees: list[Tree] = []
+        self.durable = 0
+        self.begun: Step | None = None
+        self._model = Model()
+
+    @property
+    def now(self) -> int:
+        """How many steps are done."""
+        return len(self.steps)
+
+    def begin(self) -> None:
+        """The empty vault is the first state."""
+        if not self.trees:
+            self.trees = [self._model.tree()]
+
+    def expect(self, step: Step, found: int) -> None:
+        """A step came to `found` (an errno or 0): so must the model's."""
+        self.begun = None
+        expected = play_on_model(self._model, step)
+        assert found == expected, f"{step[:2]} came to errno {found}, expected {expected}"
+        if not expected:
+            self.steps.append(step)
+            self.trees.append(self._model.tree())
+
+    def survived(self, tree: Tree, *, power: bool) -> None:
+        """The tree after a death; a process alone that died loses nothing that was done."""
+        least = self.durable if power else self.now
+        if self.begun is not None:
+            step, self.begun = self.begun, None
+            if not play_on_model(self._model, step):
+                self.steps.append(step)
+                self.trees.append(self._model.tree())
+        for count in reversed(range(least, len(self.trees))):
+            if self.trees[count] == tree:
+                self._back_to(count)
+                return
+        lost = next((n for n in reversed(range(len(self.trees))) if self.trees[n] == tree), None)
+        raise AssertionError(
+            f"of {self.now} steps, {least} of them durable, "
+            + ("none gives the tree that was found" if lost is None else f"{lost} were found")
+        )
+
+    def _back_to(self, count: int) -> None:
+        del self.steps[count:], self.trees[count + 1 :]
+        self._model = Model()
+        for step in self.steps:
+            play_on_model(self._model, step)
