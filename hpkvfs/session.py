@@ -25,6 +25,7 @@ from hpkvfs.errors import (
     HpkvError,
     NothingThere,
     SecondWriter,
+    VaultError,
 )
 from hpkvfs.fs.backend import run
 from hpkvfs.fs.filesystem import Filesystem, fail
@@ -516,17 +517,17 @@ async def open_session(
     The caller then runs `connect` (before or while using it) and, for anything that lasts,
     `keep_going`.
     """
-    with state.locked():
-        with (
-            closing(Journal(state.wallet, keys.secret("wallet"), rng)) as journal,
-            closing(BlobCache(state.cache, keys.secret("cache"), options.cache_bytes, rng)) as cache,
-            closing(RedoLog(state.path, keys.secret("redo"), rng)) as redo,
-        ):
-            session = _build(keys, dialer, options, journal, cache, redo, clock, rng)
-            if session.volume.known is not None or state.is_new:
-                with _log_trouble():
-                    session.load_local(uid, gid)
-            yield session
+    with (
+        state.locked(),
+        closing(Journal(state.wallet, keys.secret("wallet"), rng)) as journal,
+        closing(BlobCache(state.cache, keys.secret("cache"), options.cache_bytes, rng)) as cache,
+        closing(RedoLog(state.path, keys.secret("redo"), rng)) as redo,
+    ):
+        session = _build(keys, dialer, options, journal, cache, redo, clock, rng)
+        if session.volume.known is not None or state.is_new:
+            with _log_trouble():
+                session.load_local(uid, gid)
+        yield session
 
 
 @contextmanager
@@ -560,7 +561,5 @@ def _build(
     breakglass = Breakglass(keys, store, journal, clock, rng)
     rooms: list[Session] = []
     fs = Filesystem(volume, redo, names, clock, lambda size: rooms[0].room(size))
-    rooms.append(
-        Session(keys, journal, store, volume, fs, writer, options, clock, breakglass, rng)
-    )
+    rooms.append(Session(keys, journal, store, volume, fs, writer, options, clock, breakglass, rng))
     return rooms[0]

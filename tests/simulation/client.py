@@ -129,14 +129,17 @@ class Machine(Side):
         return lived
 
     async def _session(self, work: Callable[[Session], Awaitable[None]]) -> None:
-        async with open_session(
-            cast(StateDirectory, self._state),
-            self._keys,
-            self.dialer,
-            Options(cache_bytes=CACHE_BYTES),
-            clock=_clock,
-            rng=self.rng,
-        ) as session, trio.open_nursery() as background:
+        async with (
+            open_session(
+                cast(StateDirectory, self._state),
+                self._keys,
+                self.dialer,
+                Options(cache_bytes=CACHE_BYTES),
+                clock=_clock,
+                rng=self.rng,
+            ) as session,
+            trio.open_nursery() as background,
+        ):
             background.start_soon(session.keep_going)
             await work(session)
             background.cancel_scope.cancel()

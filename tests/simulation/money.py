@@ -32,6 +32,7 @@ Rng = Callable[[int], bytes]
 _SHOWN: Final = struct.Struct(">I32s32s")
 _WANTED: Final = struct.Struct(">I32s")
 _TAG: Final = 32
+_POINT: Final = GV.point
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def finish(
         raise BadIssuance("the proof of issuance does not hold")
     (a1, r1), (a2, r2) = draft._wanted
     t1, t2 = int.from_bytes(macs[:32], "big"), int.from_bytes(macs[32:], "big")
-    return Credential(a1, r1, t1, GV.point), Credential(a2, r2, t2, GV.point)
+    return Credential(a1, r1, t1, _POINT, _POINT), Credential(a2, r2, t2, _POINT, _POINT)
 
 
 def _tag(parameters: IssuerParameters, statement: Statement, body: bytes) -> bytes:

@@ -333,4 +333,3 @@ def _replay_skips_nothing() -> list[Replacement]:
         return len(raw.rstrip(b"\0")) >= hpkvfs.fs.redolog._HEADER.size
 
     return [(RedoLog, "_follows", always)]
-

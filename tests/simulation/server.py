@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import sqlite3
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvd.payments import vouchers
 from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.tariff import Tariff
+from tests.simulation.oracle import Watcher
 from tests.simulation.points import SIDE, Crash, Faults, Point, Side
 
 

@@ -158,9 +158,7 @@ class World:
         start = trio.current_time()
         with trio.CancelScope(deadline=start + LIMIT_SECONDS) as limit:
             async with trio.open_nursery() as nursery:
-                self.network = Network(
-                    self._network_chance, nursery, self._deliver, self._tell
-                )
+                self.network = Network(self._network_chance, nursery, self._deliver, self._tell)
                 self.network.weather = self.weather
                 nursery.start_soon(self.server.run)
                 for machine in (self.machine, self.second):

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "credentials": "proofs, issuance and their sizes, without disk or network",
     "store": "blobs inserted, looked up and deleted at a local server, per second",
     "space": "blobs that real trees cost: doc_ratio (at most 1.15), small_blobs (at most 100)",
+    "simulate": "10,000 simulated lives of a client and its server: failures (must be 0)",
 }
 HELP = "\b\n" + "\n".join(f"{name:<13}{what}" for name, what in BENCHMARKS.items())
 

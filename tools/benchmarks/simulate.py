@@ -13,7 +13,8 @@ import time
 from collections import Counter
 
 from tests.simulation.points import Point
-from tests.simulation.world import Outcome, run as play
+from tests.simulation.world import Outcome
+from tests.simulation.world import run as play
 
 SEEDS = int(os.environ.get("HPKV_SEEDS", "10000"))
 REAL_EVERY = 50
