@@ -52,8 +52,8 @@ _KEY: Final[Any] = _ffi.typeof("secp256k1_pubkey *")
 _KEYS: Final[Any] = _ffi.typeof("secp256k1_pubkey *[]")
 _BYTES: Final[Any] = _ffi.typeof("unsigned char []")
 _SIZE: Final[Any] = _ffi.typeof("size_t *")
-_TABLE: Final[Any] = _ffi.typeof("secp256k1_pubkey [8192]")
-_TABLE_SIZE: Final = int(_ffi.sizeof(_TABLE))
+
+_TABLE_SIZE: Final = 8192 * _RAW_SIZE
 _HUGE_PAGE: Final = 2**21
 _ROOM: Final[list[memoryview]] = []
 
@@ -174,11 +174,11 @@ class FixedBase:
     2b - 255: never zero, so that each product is exactly 32 additions, whatever the scalar.
     """
 
-    __slots__ = ("_start", "_table", "point")
+    __slots__ = ("_room", "_start", "point")
 
     def __init__(self, point: Point) -> None:
         self.point: Final = point
-        self._table: Any = None
+        self._room: memoryview | None = None
         self._start = 0
 
     def addresses(self, scalar: int) -> bytes:
@@ -197,8 +197,8 @@ class FixedBase:
         """Make the table once: a second one would free the first under another thread's feet."""
         with _BUILDING:
             if not self._start:
-                self._table = table = _make_table(self.point)
-                first = int(_ffi.cast("uintptr_t", table))
+                self._room = _room()
+                first = _fill(self._room, self.point)
                 rows = (first + row * 256 * _RAW_SIZE for row in range(32))
                 self._start = sum(entry << 8 * _POINTER * row for row, entry in enumerate(rows))
         return self._start
@@ -224,11 +224,17 @@ def _room() -> memoryview:
     return _ROOM.pop()
 
 
-def _make_table(base: Point) -> Any:
-    table = _ffi.from_buffer(_TABLE, _room())  # which it keeps alive
+def _fill(room: memoryview, base: Point) -> int:
+    """Write a table; its address, good as long as the caller keeps `room`.
+
+    It is the address that is kept, and no object of cffi's: when those of from_buffer are in a
+    cycle, collecting them makes the process crash.
+    """
+    first = int(_ffi.cast("uintptr_t", _ffi.from_buffer(room)))
+    table = _ffi.cast(_KEY, first)
     for row in range(32):
         base = _fill_row(table + 256 * row, base)
-    return table
+    return first
 
 
 def _fill_row(row: Any, base: Point) -> Point:

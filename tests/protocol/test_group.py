@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -246,3 +248,27 @@ def test_what_is_no_private_key_is_refused(secret: bytes) -> None:
 
 def test_a_private_key_does_not_show_itself() -> None:
     assert "6b6b" not in repr(SigningKey(b"k" * 32)) and "kk" not in repr(SigningKey(b"k" * 32))
+
+
+CYCLES = """
+import gc
+from hpkvfs.protocol.group import G, FixedBase, multiexp, multiply
+
+class Holder:
+    pass
+
+gc.set_threshold(50)
+for number in range(2, 40):
+    holder = Holder()
+    holder.self, holder.base = holder, FixedBase(multiply(G.point, number))
+    multiexp([(holder.base, 3)])
+    [Holder() for _ in range(200)]
+gc.collect()
+print("alive")
+"""
+
+
+def test_tables_in_cycles_can_be_collected() -> None:
+    """In a process of its own, which a table that cffi owned would crash."""
+    done = subprocess.run([sys.executable, "-c", CYCLES], capture_output=True, text=True)
+    assert done.stdout == "alive\n", done.stderr
