@@ -294,7 +294,8 @@ def parse(request: bytes, presented: int) -> CredentialRequest:
     )
     if len(set(parsed.serials)) != presented:
         raise Malformed("a serial is presented twice")
-    if parsed.requested[0].m == parsed.requested[1].m:
+    ms = [place + _SHOWN * POINT_SIZE * presented for place in (0, _REQUESTED_POINTS * POINT_SIZE)]
+    if len({request[m : m + POINT_SIZE] for m in ms}) != REQUESTED:
         raise Malformed("a commitment is requested twice")
     return parsed
 

@@ -39,6 +39,7 @@ from hpkvfs.protocol.group import (
     Term,
     add,
     multiexp,
+    multiply,
     multiply_secret,
 )
 
@@ -144,12 +145,12 @@ def attribute_row(amount: int, r: int) -> Row:
 
 def fold(first: Point, second: Point, weight: int) -> Point:
     """first + weight second."""
-    return multiexp(((second, weight),), first)
+    return add(first, multiply(second, weight))
 
 
 def mix(first: Point, second: Point, weight: int) -> Point:
     """weight first + (1 - weight) second; Infinity if they are equal."""
-    return multiexp(((add(first, -second), weight),), second)
+    return add(multiply(add(first, -second), weight), second)
 
 
 # Issuance: the issuer used the key it published.
