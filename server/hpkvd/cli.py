@@ -29,6 +29,7 @@ from hpkvd.commands import (
     load_epochs,
     open_ledger,
 )
+from hpkvd.commands.care import backup, check, income, migrate, restore
 from hpkvd.commands.serve import serve, worker
 from hpkvd.config import Config
 from hpkvd.epochs import Epochs
@@ -48,8 +49,8 @@ def main() -> None:
     os.umask(0o077)
 
 
-main.add_command(serve)
-main.add_command(worker)
+for _command in (serve, worker, check, backup, restore, migrate, income):
+    main.add_command(_command)
 
 
 @main.command(

@@ -153,7 +153,7 @@ async def test_a_lost_connection_is_made_again(url: str, cluster: Cluster) -> No
         await fund(ledger)
         cluster.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE application_name = 'hpkvd'"
+            " WHERE application_name = 'hpkvd serve'"
         )
         assert isinstance(await ledger.apply(transaction("a", insert("x"), "s1", "s2")), Done)
         assert await ledger.read(insert("x").key) == insert("x").blob

@@ -16,6 +16,7 @@ from rich.table import Table
 BENCHMARKS = {
     "credentials": "proofs, issuance and their sizes, without disk or network",
     "store": "blobs inserted, looked up and deleted at a local server, per second",
+    "server": "paid requests a second, 1 and 2 workers, on SQLite and PostgreSQL",
     "space": "blobs that real trees cost: doc_ratio (at most 1.15), small_blobs (at most 100)",
     "simulate": "10,000 simulated lives of a client and its server: failures (must be 0)",
 }

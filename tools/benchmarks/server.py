@@ -1,35 +1,78 @@
-"""How many paid requests a second one server process performs.
-
-    PYTHONPATH=.:server python tools/benchmarks/server.py [--requests N] [--connections N]
+"""Paid requests a second: one and two workers, on SQLite and on PostgreSQL.
 
 Every request is real: a proof of its own, a connection of its own over loopback, a durable
-commit. Requests are made before the clock starts; the server runs in a process of its own, so
-its seconds of CPU are told apart from the client's.
+commit; half insert, half look up. Requests are made before the clock starts and answers looked
+at after it stops, so that the load costs little (epoll, no parsing); what it does cost is
+printed, since it has to share the machine with the server.
+
+Figures, of `--json`: rps_ENGINE_WORKERS by the clock, core_ENGINE_WORKERS for each second of the
+server's own CPU (the database's not counted), p50_ms_64 and p99_ms_64 with 64 requests in flight
+at two workers on SQLite, and of a request's CPU in a worker the shares of proofs and codec; what
+is left is the ledger, the loop and the kernel.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import secrets
+import selectors
+import shutil
+import socket
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import trio
 
 from hpkvd import config, epochs, identity
 from hpkvd.epochs import Epoch
+from hpkvd.ledger import urls
 from hpkvfs.protocol.codec import REPLY_SIZE
 from hpkvfs.protocol.credential import Credential, Statement, parse, prepare
-from hpkvfs.protocol.messages import Done, decode_reply
+from hpkvfs.protocol.messages import Done, decode_reply, decode_request
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
+from tests.server.postgres import Cluster
 from tests.server.support import Purse, ServerProcess, hpkvd, new_blob, new_key
 
 WORTH = 100
+REQUESTS = 1200
+IN_FLIGHT = 64
 TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Frames that any fresh ledger with these keys answers, and the voucher that pays for them."""
+
+    data: Path
+    epoch: Epoch
+    voucher: Voucher
+    redeem: bytes
+    frames: list[bytes]
+
+
+@dataclass(slots=True)
+class Result:
+    """One run: by the clock, by CPU, and each request's seconds."""
+
+    requests: int
+    seconds: float
+    server: float
+    client: float
+    latencies: list[float] = field(repr=False)
+
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return self.requests / self.seconds
+
+    @property
+    def per_core(self) -> float:
+        """Requests for each second of CPU of the server."""
+        return self.requests / self.server
 
 
 def mint(epoch: Epoch, count: int) -> list[Credential]:
@@ -43,77 +86,159 @@ def mint(epoch: Epoch, count: int) -> list[Credential]:
     return minted
 
 
-async def load(address: tuple[str, int], frames: list[bytes], connections: int) -> float:
-    """Send every frame, so many at a time; the seconds it took."""
-    waiting = iter(frames)
+def make_load(home: Path, requests: int) -> Load:
+    """A server's keys and the requests for it."""
+    data = home / "keys"
+    made = hpkvd("init", data=data)
+    if made.returncode != 0:
+        raise RuntimeError(made.stderr)
+    server = identity.load(data / config.IDENTITY)
+    epoch = epochs.load(data / config.EPOCHS, server).newest
+    purse = Purse(epoch.parameters)
+    voucher = Voucher.generate(2**31, secrets.token_bytes)
+    redeem = purse.redeem(voucher).frame
+    frames = []
+    for _ in range(requests // 2):
+        key = new_key()
+        purse.held = mint(epoch, 4)
+        frames += [purse.insert(key.public, new_blob()).frame, purse.look_up(key.public).frame]
+    return Load(data, epoch, voucher, redeem, frames)
 
-    async def client() -> None:
-        for frame in waiting:
-            async with await trio.open_tcp_stream(*address) as stream:
-                await stream.send_all(frame)
-                reply = b""
-                while len(reply) < REPLY_SIZE and (part := await stream.receive_some(65536)):
-                    reply += part
-            assert isinstance(decode_reply(reply), Done)
 
-    start = time.perf_counter()
-    async with trio.open_nursery() as nursery:
-        for _ in range(connections):
-            nursery.start_soon(client)
-    return time.perf_counter() - start
+def play(
+    address: tuple[str, int], frames: Sequence[bytes], in_flight: int
+) -> tuple[float, list[float], list[bytes]]:
+    """Send every frame on a connection of its own, so many at a time.
+
+    The seconds it took, those of each request, and the replies.
+    """
+    waiting, latencies, replies = iter(frames), [], []
+    with selectors.DefaultSelector() as selector:
+
+        def begin() -> bool:
+            frame = next(waiting, None)
+            if frame is None:
+                return False
+            connection = socket.create_connection(address)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+            connection.sendall(frame)
+            connection.setblocking(False)
+            selector.register(connection, selectors.EVENT_READ, (time.perf_counter(), bytearray()))
+            return True
+
+        start = time.perf_counter()
+        active = sum(begin() for _ in range(in_flight))
+        while active:
+            for selected, _ in selector.select(30):
+                connection = selected.fileobj
+                assert isinstance(connection, socket.socket)
+                began, reply = selected.data
+                part = connection.recv(2**16)
+                reply += part
+                if len(reply) < REPLY_SIZE and part:
+                    continue
+                latencies.append(time.perf_counter() - began)
+                replies.append(bytes(reply))
+                selector.unregister(connection)
+                connection.close()
+                active += begin() - 1
+        seconds = time.perf_counter() - start
+    return seconds, latencies, replies
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
+    """User and system time so far of a process and its children that live."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    own = (int(fields[11]) + int(fields[12])) / TICKS
+    children = "".join(p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/children"))
+    return own + sum(cpu_seconds(int(child)) for child in children.split())
 
 
-def measure(server: ServerProcess, name: str, frames: list[bytes], connections: int) -> None:
-    """Print one line of results."""
-    before = cpu_seconds(server.process.pid)
-    seconds = trio.run(load, server.address, frames, connections)
-    cpu = cpu_seconds(server.process.pid) - before
-    print(
-        f"{name:<8} {len(frames) / seconds:6.0f} requests/s, {len(frames) / cpu:6.0f} per second"
-        f" of the server's CPU ({cpu / len(frames) * 1000:.2f} ms each)"
-    )
+def measure(home: Path, name: str, load: Load, url: str, workers: int) -> Result:
+    """One run on a fresh ledger."""
+    data = home / name
+    shutil.copytree(load.data, data, ignore=shutil.ignore_patterns("ledger*"))
+    urls.create(url)
+    with closing(urls.open_ledger(url)) as desk:
+        desk.add_vouchers([load.voucher])
+    os.environ["HPKVD_LEDGER"] = url
+    try:
+        with ServerProcess(data, workers=workers) as server:
+            if not isinstance(server.ask(load.redeem), Done):
+                raise RuntimeError("the voucher was refused")
+            before, own = cpu_seconds(server.process.pid), time.process_time()
+            seconds, latencies, replies = play(server.address, load.frames, IN_FLIGHT)
+            own = time.process_time() - own
+            used = cpu_seconds(server.process.pid) - before
+    finally:
+        del os.environ["HPKVD_LEDGER"]
+    if not all(isinstance(decode_reply(reply), Done) for reply in replies):
+        raise RuntimeError(f"{name}: not every request was answered as it should be")
+    return Result(len(load.frames), seconds, used, own, latencies)
 
 
-def main() -> None:
-    """Measure insertions, look-ups and deletions."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=500, help="of each kind")
-    parser.add_argument("--connections", type=int, default=16, help="at a time")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        data = Path(directory, "data")
-        assert hpkvd("init", data=data).returncode == 0
-        made = hpkvd("voucher", "--amount", str(2**31), data=data)
-        known = identity.load(data / config.IDENTITY)
-        epoch = epochs.load(data / config.EPOCHS, known).newest
-        purse = Purse(epoch.parameters)
-        with ServerProcess(data) as server:
-            server.ask(purse.redeem(Voucher.parse(made.stdout)).frame)
-            keys = [new_key() for _ in range(options.requests)]
-            inserts = []
-            digests = []
-            for key in keys:
-                purse.held = mint(epoch, 2)
-                inserts.append(purse.insert(key.public, new_blob()))
-                digests.append(inserts[-1].request.digest)
-            purchases: dict[str, Callable[[int], bytes]] = {
-                "insert": lambda i: inserts[i].frame,
-                "look-up": lambda i: purse.look_up(keys[i].public).frame,
-                "delete": lambda i: purse.delete(keys[i], digests[i]).frame,
-            }
-            for name, purchase in purchases.items():
-                frames = []
-                for index in range(options.requests):
-                    purse.held = mint(epoch, 2)
-                    frames.append(purchase(index))
-                measure(server, name, frames, options.connections)
+def each(work: Callable[[bytes], object], frames: Sequence[bytes]) -> float:
+    """Seconds of CPU for each frame."""
+    start = time.process_time()
+    for frame in frames:
+        work(frame)
+    return (time.process_time() - start) / len(frames)
 
 
-if __name__ == "__main__":
-    main()
+def shares(load: Load, cpu: float) -> dict[str, float]:
+    """Of the `cpu` seconds of one request: how much are proofs, how much encoding."""
+    frames = load.frames[:200]
+    issuer = load.epoch.issuer
+
+    def prove(frame: bytes) -> None:
+        request = decode_request(frame)
+        statement = request.statement(load.epoch.tariff)  # type: ignore[union-attr]
+        credentials = parse(request.credentials, 2)  # type: ignore[union-attr]
+        issuer.verify(statement, credentials)
+        issuer.issue(statement, credentials)
+
+    codec = 2 * each(decode_request, frames)  # and as much again to encode the reply
+    proofs = each(prove, frames) - codec / 2
+    return {
+        "share_proofs": round(proofs / cpu, 3),
+        "share_codec": round(codec / cpu, 3),
+        "share_ledger_and_io": round(1 - (proofs + codec) / cpu, 3),
+    }
+
+
+def run(as_json: bool) -> dict[str, object]:
+    """Measure; the figures."""
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        cluster = stack.enter_context(Cluster())
+        cluster.make()
+        cluster.start()
+        load = make_load(home, REQUESTS)
+        results: dict[str, Result] = {}
+        for workers in (1, 2):
+            for engine in ("sqlite", "postgres"):
+                name = f"{engine}_{workers}"
+                url = f"sqlite://{home}/{name}.sqlite" if engine == "sqlite" else cluster.new_url()
+                results[name] = result = measure(home, name, load, url, workers)
+                if not as_json:
+                    print(
+                        f"{name:<11} {result.rate:6.0f} requests/s, {result.per_core:6.0f} for"
+                        f" each second of CPU; the load took {result.client / result.seconds:.0%}"
+                        " of a core",
+                        flush=True,
+                    )
+        return _figures(load, results)
+
+
+def _figures(load: Load, results: dict[str, Result]) -> dict[str, object]:
+    figures: dict[str, object] = {}
+    for name, result in results.items():
+        figures[f"rps_{name}"] = round(result.rate)
+        figures[f"core_{name}"] = round(result.per_core)
+    for engine in ("sqlite", "postgres"):
+        one, two = results[f"{engine}_1"], results[f"{engine}_2"]
+        figures[f"scaling_{engine}"] = round(two.rate / one.rate, 2)
+    hundredths = statistics.quantiles(results["sqlite_2"].latencies, n=100)
+    figures["p50_ms_64"] = round(1000 * hundredths[49], 1)
+    figures["p99_ms_64"] = round(1000 * hundredths[98], 1)
+    return figures | shares(load, 1 / results["sqlite_1"].per_core)

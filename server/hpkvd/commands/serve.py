@@ -18,8 +18,16 @@ import click
 import trio
 
 from hpkvd import config as settings
-from hpkvd import log, loopback, serving, supervisor, systemd
-from hpkvd.commands import Failure, data_option, failures, ledger_option, load_epochs, open_ledger
+from hpkvd import custody, log, loopback, serving, supervisor, systemd
+from hpkvd.commands import (
+    Failure,
+    data_option,
+    failures,
+    ledger_option,
+    ledger_url,
+    load_epochs,
+    open_ledger,
+)
 from hpkvd.config import Config, ConfigError
 from hpkvd.handler import Handler
 from hpkvd.metrics import Board, Meter
@@ -171,9 +179,10 @@ async def _answer(
 ) -> None:
     ledger = open_ledger(data, config, url)
     try:
-        async with ledger.serving():
-            handler = Handler(load_epochs(data), ledger, meter=meter)
-            await serving.answer(sockets, handler, config.limits, stop, ready)
+        with custody.in_use(ledger_url(data, config, url)):
+            async with ledger.serving():
+                handler = Handler(load_epochs(data), ledger, meter=meter)
+                await serving.answer(sockets, handler, config.limits, stop, ready)
     finally:
         ledger.close()
 

@@ -66,6 +66,7 @@ from hpkvfs.protocol.voucher import Voucher
 SCHEMA_VERSION: Final = 3
 FAILOVER_SECONDS: Final = 20.0
 CONNECT_SECONDS: Final = 3
+SERVING: Final = "hpkvd serve"  # the application_name of servers
 LONGEST_PAUSE: Final = 0.5
 
 SCHEMA: Final = """
@@ -460,7 +461,7 @@ class _Session:
 
     def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
-            self._connection = connect(self._url, autocommit=self._autocommit)
+            self._connection = connect(self._url, autocommit=self._autocommit, name=SERVING)
         return self._connection
 
     def _roll_back(self) -> None:
@@ -490,13 +491,13 @@ class PostgresqlLedger:
         self._reader = _Session(url, autocommit=True)
         self._writing: Group[Job, Result] = Group(self._perform)
         self._reading: Group[_Question, _Answer] = Group(self._ask)
-        with _translated(), connect(url, autocommit=True) as connection:
+        with translated(), connect(url, autocommit=True) as connection:
             check_version(connection)
 
     @classmethod
     def create(cls, url: str) -> None:
         """Make an empty ledger in an empty database; LedgerError if there is one already."""
-        with _translated(), connect(url, autocommit=False) as connection:
+        with translated(), connect(url, autocommit=False) as connection:
             if _version(connection) is not None:
                 raise LedgerError("the database has a ledger already")
             connection.execute(SCHEMA.encode())
@@ -522,12 +523,12 @@ class PostgresqlLedger:
         query = (
             "INSERT INTO voucher (digest, amount) SELECT * FROM unnest(%b::bytea[], %b::bigint[])"
         )
-        with _translated(), connect(self._url, autocommit=True) as connection:
+        with translated(), connect(self._url, autocommit=True) as connection:
             connection.execute(query, (digests, amounts))
 
     def totals(self) -> Totals:
         """One consistent view of the books."""
-        with _translated(), connect(self._url, autocommit=True) as connection:
+        with translated(), connect(self._url, autocommit=True) as connection:
             row = connection.execute(_TOTALS).fetchone()
             assert row is not None
             return Totals(*row)
@@ -640,7 +641,7 @@ def _answered(sheet: _Sheet, question: _Question, full: bool) -> _Answer:
             return sheet.entry(key, now)
 
 
-def connect(url: str, *, autocommit: bool) -> Connection:
+def connect(url: str, *, autocommit: bool, name: str = "hpkvd") -> Connection:
     """A connection to whichever of the URL's hosts takes writes; psycopg.Error.
 
     Its commits are durable before they return, whatever the database's default is.
@@ -650,7 +651,7 @@ def connect(url: str, *, autocommit: bool) -> Connection:
         autocommit=True,
         connect_timeout=CONNECT_SECONDS,
         target_session_attrs="read-write",
-        application_name="hpkvd",
+        application_name=name,
         keepalives_idle=5,
         keepalives_interval=2,
         keepalives_count=3,
@@ -699,7 +700,8 @@ def _name(error: psycopg.Error) -> str:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """psycopg.Error as LedgerError, of which the message tells no more than a code."""
     try:
         yield
     except psycopg.OperationalError as error:

@@ -33,6 +33,10 @@ def open_ledger(url: str, *, reserve: int = 0, max_blobs: int = 0) -> Engine:
     stop, 0 for never.
     """
     if (path := sqlite_path(url)) is not None:
+        if moved(path).exists() and not path.exists():
+            raise LedgerError(
+                "this ledger was moved elsewhere by `hpkvd migrate`; change `ledger` in hpkvd.toml"
+            )
         return SqliteLedger(path, reserve=reserve, max_blobs=max_blobs)
     return _postgresql()(url, max_blobs=max_blobs)
 
@@ -47,6 +51,11 @@ def sqlite_path(url: str) -> Path | None:
     raise LedgerError(
         "a ledger is written as sqlite:///DIR/FILE or postgresql://USER@HOST/DATABASE"
     )
+
+
+def moved(path: Path) -> Path:
+    """What a SQLite file is called after its ledger was moved elsewhere."""
+    return path.with_name(f"{path.name}.moved")
 
 
 def has_password(url: str) -> bool:

@@ -1,0 +1,204 @@
+"""Looking after a server: check, backup, restore, migrate, income, by the real commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpkvd import custody
+from hpkvd.ledger import LedgerError
+from hpkvd.ledger.rows import SqliteRows, copy
+from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvfs.protocol.messages import Done, Outcome, Spent
+from tests.server.ledgers import fund, insert, opened, transaction
+from tests.server.postgres import PASSWORD, Cluster
+from tests.server.support import ROOT, Purse, ServerProcess, hpkvd, new_blob, new_key
+from tests.server.test_process import funded, status
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def data(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data directory with a ledger of either engine."""
+    if request.param == "postgresql":
+        cluster: Cluster = request.getfixturevalue("cluster")
+        monkeypatch.setenv("HPKVD_LEDGER", cluster.new_url())
+    made = hpkvd("init", data=tmp_path / "data")
+    monkeypatch.delenv("HPKVD_LEDGER", raising=False)
+    assert made.returncode == 0, made.stderr
+    return tmp_path / "data"
+
+
+def stored(server: ServerProcess, purse: Purse) -> bytes:
+    key, blob = new_key().public, new_blob()
+    purchase = purse.insert(key, blob)
+    assert purse.settle(purchase, server.ask(purchase.frame)).fact.outcome is Outcome.INSERTED
+    return key
+
+
+def test_a_backup_taken_while_serving_becomes_a_server(data: Path, tmp_path: Path) -> None:
+    copied, again = tmp_path / "copy", tmp_path / "again"
+    with ServerProcess(data) as server:
+        purse = funded(server, 1000)
+        parameters = server.parameters()
+        key = stored(server, purse)
+        result = hpkvd("backup", str(copied), data=data)
+        assert result.returncode == 0, result.stderr
+        spent = purse.look_up(key)  # after the backup
+        assert isinstance(server.ask(spent.frame), Done)
+        checked = hpkvd("check", data=data)
+        assert (checked.returncode, checked.stdout) == (0, "the ledger is as it should be\n")
+    files = [path for path in copied.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert {path.name for path in files} >= {"identity", "ledger.sqlite", "hpkvd.toml"}
+    assert hpkvd("backup", str(copied), data=data).returncode == os.EX_CANTCREAT
+
+    ledger = f"sqlite://{again}/ledger.sqlite"
+    refused = hpkvd("restore", str(copied), "--ledger", ledger, data=again)
+    assert refused.returncode == 1
+    assert "can be spent again" in refused.stderr
+    restored = hpkvd("restore", str(copied), "--yes", "--ledger", ledger, data=again)
+    assert restored.returncode == 0, restored.stderr
+    assert hpkvd("check", "--ledger", ledger, data=again).returncode == 0
+    with ServerProcess(again, "--ledger", ledger) as server:
+        assert server.parameters() == parameters
+        # What the warning is about: what was spent after the backup is spent again.
+        assert isinstance(server.ask(spent.frame), Done)
+
+
+def test_a_ledger_moves_there_and_back_and_serves_only_where_it_is(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    assert hpkvd("init", data=data).returncode == 0
+    here, there = f"sqlite://{data}/ledger.sqlite", cluster.new_url()
+    back = f"sqlite://{data}/back.sqlite"
+    monkeypatch.setenv("THERE", there)
+    with ServerProcess(data) as server:
+        purse = funded(server, 1000)
+        key = stored(server, purse)
+        pair = list(purse.held)
+        spent = purse.look_up(key)
+        done = server.ask(spent.frame)
+        before = status(server)
+        busy = hpkvd_plain("migrate", here, "env:THERE")
+        assert (busy[0], "stop it first" in busy[1]) == (os.EX_TEMPFAIL, True)
+    assert hpkvd_plain("migrate", here, "env:THERE") == (0, "")
+    refused = hpkvd("serve", data=data)
+    assert refused.returncode == os.EX_IOERR
+    assert "moved elsewhere" in refused.stderr
+    settings = data / "hpkvd.toml"
+    settings.write_text(settings.read_text().replace('ledger = ""', f'ledger = "{there}"'))
+    with ServerProcess(data) as server:
+        assert status(server) == before
+        purse.held = pair
+        reply = server.ask(purse.look_up(key).frame)
+        assert isinstance(reply, Spent)
+        assert reply.facts[0].issued == done.issued
+        assert hpkvd_plain("migrate", "env:THERE", back)[0] == os.EX_TEMPFAIL
+    assert hpkvd_plain("migrate", "env:THERE", back)[0] == 0
+    assert "moved elsewhere" in hpkvd("status", data=data).stderr
+    assert hpkvd("check", "--ledger", back, data=data).returncode == 0
+    moved = hpkvd("status", "--ledger", back, "--json", data=data)
+    assert json.loads(moved.stdout) == before
+
+
+def hpkvd_plain(*arguments: str) -> tuple[int, str]:
+    """A command that has no --data."""
+    result = subprocess.run(
+        [sys.executable, "-m", "hpkvd", *arguments],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'server'}"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return result.returncode, result.stderr
+
+
+async def test_moving_that_was_cut_short_goes_on(tmp_path: Path, cluster: Cluster) -> None:
+    source = f"sqlite://{tmp_path}/ledger.sqlite"
+    SqliteLedger.create(tmp_path / "ledger.sqlite")
+    async with opened(source) as ledger:
+        await fund(ledger)
+        for number in range(8):
+            what = f"{number}"
+            await ledger.apply(transaction(what, insert(what), f"s{what}", f"t{what}"))
+        before = ledger.totals()
+    target = cluster.new_url()
+
+    class Cut(Exception):
+        pass
+
+    def cut(done: int, total: int) -> None:
+        if done > 10:
+            raise Cut
+
+    with pytest.raises(Cut):
+        custody.migrate(source, target, cut)
+    with pytest.raises(LedgerError, match="not complete"):
+        async with opened(target):
+            pass
+    async with opened(source) as ledger:  # still here
+        assert ledger.totals() == before
+    custody.migrate(source, target, lambda done, total: None)
+    async with opened(target) as ledger:
+        assert ledger.totals() == before
+        assert await ledger.read(insert("3").key) == insert("3").blob
+
+
+async def test_a_copy_that_differs_is_not_taken_for_the_original(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        SqliteLedger.create(tmp_path / name)
+    async with opened(f"sqlite://{tmp_path}/one") as ledger:
+        await fund(ledger)
+    async with opened(f"sqlite://{tmp_path}/other") as ledger:
+        await fund(ledger)
+        await ledger.apply(transaction("a", None, "s1", "s2"))
+    with pytest.raises(LedgerError, match="not the original"):
+        copy(SqliteRows(tmp_path / "one"), SqliteRows(tmp_path / "other"), lambda a, b: None)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("UPDATE blob SET blob = zeroblob(16433)", "1 blobs are damaged"),
+        ("DELETE FROM blob", "the books have 1 blobs and the table has 0"),
+        ("DELETE FROM request WHERE operation = 4", "2 spent serials belong to no request"),
+        ("DELETE FROM serial WHERE serial = (SELECT max(serial) FROM serial)", "than two"),
+        ("UPDATE request SET delta = -9 WHERE operation = 4", "requests add up to 9"),
+    ],
+)
+async def test_check_finds_what_is_wrong(tmp_path: Path, damage: str, told: str) -> None:
+    data = tmp_path / "data"
+    assert hpkvd("init", data=data).returncode == 0
+    async with opened(f"sqlite://{data}/ledger.sqlite") as ledger:
+        await fund(ledger)
+        await ledger.apply(transaction("a", insert("x"), "s1", "s2"))
+    connection = sqlite3.connect(data / "ledger.sqlite")
+    connection.execute(damage)
+    connection.commit()
+    connection.close()
+    result = hpkvd("check", "--json", data=data)
+    assert result.returncode == os.EX_DATAERR
+    assert any(told in problem for problem in json.loads(result.stdout)["problems"])
+
+
+async def test_income_adds_up(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert hpkvd("init", data=data).returncode == 0
+    async with opened(f"sqlite://{data}/ledger.sqlite") as ledger:
+        await fund(ledger)
+        await ledger.apply(transaction("a", insert("x"), "s1", "s2"))
+    report = json.loads(hpkvd("income", "--price", "0.01", "--json", data=data).stdout)
+    assert report["sold"] == {"tokens": 1_000_000, "money": 10_000.0}
+    assert report["earned"] == {"tokens": 10, "money": 0.1}
+    assert report["owed"]["tokens"] == 999_990
+    assert "earned" in hpkvd("income", data=data).stdout
+
+
+def test_a_password_is_not_taken_from_the_command_line(cluster: Cluster, tmp_path: Path) -> None:
+    code, told = hpkvd_plain("migrate", f"sqlite://{tmp_path}/a", cluster.url)
+    assert (code, "env:NAME" in told, PASSWORD in told) == (2, True, False)
