@@ -53,8 +53,14 @@ def _checked(result: Result) -> str:
         f"generation {result['generation']}: {result['files']:,} files, {result['nodes']:,} nodes,"
         f" {result['extents']:,} extents, {result['dead']:,} dead blobs"
     )
-    problems = result["problems"] + [f"inode {ino} is damaged" for ino in result["damaged"]]
+    problems = result["problems"] + [_damage(damage) for damage in result["damaged"]]
     return "\n".join([found, *problems, "" if problems else "no problems"]).rstrip()
+
+
+def _damage(damage: Result) -> str:
+    where = f"snapshot {damage['snapshot']}: " if damage["snapshot"] else ""
+    ranges = ", ".join(f"{start}-{end - 1}" for start, end in damage["ranges"])
+    return f"{where}{damage['path']} is damaged: " + (f"bytes {ranges}" if ranges else "all of it")
 
 
 @click.command(

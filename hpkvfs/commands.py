@@ -8,18 +8,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import trio
 
+from hpkvfs import keep
 from hpkvfs.control import MAX_LINE, Progress, encode, encode_error, short_path
-from hpkvfs.errors import HpkvError, UserError
+from hpkvfs.errors import HpkvError, UserError, VaultError
+from hpkvfs.mend import mend
+from hpkvfs.restore import restore
 from hpkvfs.session import Session
+from hpkvfs.timeline import Timeline
+from hpkvfs.volume.snapshots import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +65,23 @@ class Commands:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._turn = trio.Lock()
-        self._free: dict[str, Command] = {"status": self._status, "balance": self._balance}
+        self.turn = trio.Lock()
+        self._timeline = Timeline(session)
+        self.is_mounted = False
+        self._free: dict[str, Command] = {
+            "status": self._status,
+            "balance": self._balance,
+            "gc": self._gc,
+            "log": self._log,
+            "snapshots": self._snapshots,
+        }
         self._in_turn: dict[str, Command] = {
             "sync": self._sync,
-            "gc": self._gc,
+            "create-snapshot": self._create,
+            "delete-snapshots": self._delete,
+            "keep-snapshots": self._keep,
+            "diff": self._diff,
+            "restore": self._restore,
             "fsck": self._fsck,
             "redeem": self._redeem,
             "keepalive": self._keepalive,
@@ -74,7 +93,7 @@ class Commands:
             if command := self._free.get(name):
                 return await command(arguments, progress)
             if command := self._in_turn.get(name):
-                async with self._turn:
+                async with self.turn:
                     return await command(arguments, progress)
         raise UserError(f"there is no command {name!r}", "is the mounted hpkvfs an older one?")
 
@@ -90,28 +109,93 @@ class Commands:
         return {"generation": self.session.status()["generation"]}
 
     async def _gc(self, arguments: Arguments, progress: Progress) -> Result:
-        before = self.session.store.balance.total
-        collected = await self.session.gc(progress)
-        after = self.session.store.balance.total
+        session = self.session
+        if arguments.get("dry_run"):
+            count, tokens = session.collectable()
+            held = session.status()["blobs_held"]
+            return {"would_delete": count, "would_regain": tokens, "blobs_held": held}
+        before = session.store.balance.total
+        collected = await session.gc(progress, float(arguments.get("spread", 0)))
+        after = session.store.balance.total
         return {
             "deleted": len(collected.deleted),
             "absent": len(collected.absent),
+            "regained": session.refund(len(collected.deleted)),
             "gained": after - before,
             "held": after,
         }
 
     async def _fsck(self, arguments: Arguments, progress: Progress) -> Result:
-        report = await self.session.fsck(extents=bool(arguments.get("full")), progress=progress)
+        full, bound = bool(arguments.get("full")), arguments.get("max_tokens")
+        repaired: list[str] = []
+        if arguments.get("repair"):
+            if self.is_mounted:
+                raise VaultError(
+                    "a vault that is mounted can be checked and not repaired",
+                    "unmount it first: hpkvfs umount",
+                )
+            report, repaired = await mend(
+                self.session, extents=full, max_tokens=bound, progress=progress
+            )
+        else:
+            report = await self.session.fsck(extents=full, progress=progress, max_tokens=bound)
         return {
             "generation": report.generation,
             "files": report.files,
             "bytes": report.bytes,
             "nodes": report.nodes,
             "extents": report.extents,
+            "snapshots": report.snapshots,
+            "blobs_held": report.held,
             "dead": report.dead,
+            "verified": report.verified,
+            "unchecked": report.unchecked,
             "problems": report.problems,
-            "damaged": sorted(report.damaged),
+            "repaired": repaired,
+            "repairable": bool(report.repairs),
+            "damaged": [asdict(damage) for damage in report.damaged],
         }
+
+    async def _snapshots(self, arguments: Arguments, progress: Progress) -> Result:
+        snapshots = await self._timeline.snapshots()
+        known = self.session.volume.known
+        rows = [_snapshot(snapshot) for snapshot in snapshots]
+        if rows and known:
+            rows[-1]["blobs_held"] = known.anchor.held.count
+        return {"snapshots": rows}
+
+    async def _create(self, arguments: Arguments, progress: Progress) -> Result:
+        return _snapshot(await self._timeline.create(arguments.get("name"), progress))
+
+    async def _delete(self, arguments: Arguments, progress: Progress) -> Result:
+        names = [str(name) for name in arguments["names"]]
+        freed = await self._timeline.delete(names, progress)
+        return {"deleted": names, "freed": freed, "regain": self.session.refund(freed)}
+
+    async def _keep(self, arguments: Arguments, progress: Progress) -> Result:
+        made, gone = await self._timeline.apply(keep.parse(str(arguments["keep"])), progress)
+        return {"created": made, "deleted": gone}
+
+    async def _log(self, arguments: Arguments, progress: Progress) -> Result:
+        return {"generations": await self._timeline.log()}
+
+    async def _diff(self, arguments: Arguments, progress: Progress) -> Result:
+        changes = await self._timeline.diff(str(arguments["old"]), str(arguments["new"]))
+        return {"changes": [asdict(change) for change in changes]}
+
+    async def _restore(self, arguments: Arguments, progress: Progress) -> Result:
+        done = await restore(
+            self.session,
+            await self._timeline.find(str(arguments["snapshot"])),
+            str(arguments["path"]),
+            arguments.get("to"),
+            replace=bool(arguments.get("replace")),
+            token=secrets.token_bytes(8),
+            progress=progress,
+        )
+        if not self.is_mounted:
+            await self.session.publish(progress)
+        return asdict(done)
 
     async def _keepalive(self, arguments: Arguments, progress: Progress) -> Result:
         return await self.session.keepalive(now=bool(arguments.get("now")))
@@ -119,6 +203,18 @@ class Commands:
     async def _redeem(self, arguments: Arguments, progress: Progress) -> Result:
         amount = await self.session.redeem(str(arguments["voucher"]))
         return {"amount": amount, "held": self.session.store.balance.total}
+
+
+def _snapshot(snapshot: Snapshot) -> Result:
+    return {
+        "name": snapshot.name,
+        "generation": snapshot.generation,
+        "time": snapshot.time,
+        "files": snapshot.files,
+        "bytes": snapshot.size,
+        "blobs": snapshot.live,
+        "blobs_held": snapshot.held.count,
+    }
 
 
 def listen(path: Path) -> trio.SocketListener:

@@ -10,6 +10,7 @@ import errno
 import logging
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import pyfuse3
@@ -17,6 +18,7 @@ import pyfuse3
 from hpkvfs.errors import EmptyWallet, HpkvError, Unreachable
 from hpkvfs.fs.backend import Backend, run
 from hpkvfs.fs.filesystem import Changes
+from hpkvfs.fs.shelf import SNAPSHOTS_INO, is_fleeting
 from hpkvfs.types import BlobRef
 from hpkvfs.volume.items import BLOCK, MAX_NAME, Inode
 
@@ -87,7 +89,7 @@ class Adapter(pyfuse3.Operations):
         try:
             return self._held(await self._do(self._fs.lookup, parent_inode, name))
         except pyfuse3.FUSEError as error:
-            if error.errno != errno.ENOENT:
+            if error.errno != errno.ENOENT or parent_inode == SNAPSHOTS_INO:
                 raise
             return _absent()
 
@@ -269,7 +271,8 @@ def attributes(inode: Inode) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = inode.ino
     entry.generation = 0
-    entry.entry_timeout = entry.attr_timeout = CACHE_SECONDS
+    seconds = 0.0 if is_fleeting(inode.ino) else CACHE_SECONDS
+    entry.entry_timeout = entry.attr_timeout = seconds
     entry.st_mode = inode.mode
     entry.st_nlink = inode.nlink
     entry.st_uid = inode.uid
@@ -327,6 +330,13 @@ async def serve(
     finally:
         # harmless when unmounted already; asking first whether it is would ask ourselves
         pyfuse3.close(unmount=True)
+
+
+def forget_name(parent: int, name: bytes) -> None:
+    """Have the kernel look again at a name and its directory: they changed behind its back."""
+    pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+    with suppress(OSError):  # it does not know the directory
+        pyfuse3.invalidate_inode(parent, attr_only=True)
 
 
 def stop() -> None:

@@ -42,9 +42,14 @@ from hpkvfs.errors import (
     Unreachable,
     UserError,
 )
+from hpkvfs.fs.backend import Backend
+from hpkvfs.fs.shelf import SNAPSHOTS_NAME
+from hpkvfs.keep import Policy
 from hpkvfs.net.transport import Dialer
 from hpkvfs.session import Options, Session, open_session
 from hpkvfs.state import StateDirectory
+from hpkvfs.timeline import SnapshotBackend, Timeline, is_name_taken
+from hpkvfs.upkeep import look_after
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.wallet import journal
 
@@ -69,13 +74,20 @@ class Vault:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """Where and how to mount; `notice` is told what the user should know at once."""
+    """Where and how to mount; `notice` is told what the user should know at once.
+
+    snapshot: mount this one alone; policy: automatic snapshots; collect_every: seconds over
+    which a collection is spread, and from one to the next; 0: none.
+    """
 
     directory: Path
     ready: Callable[[], None]
     notice: Callable[[str], None]
     read_only: bool = False
     allow_other: bool = False
+    snapshot: str | None = None
+    policy: Policy = ()
+    collect_every: float = 0.0
     options: Options = field(default_factory=Options)
 
 
@@ -218,6 +230,7 @@ class MountedCommands(Commands):
         self._free["status"] = self._mounted_status
         self._free["unmount"] = self._unmount
         self.unmounted = False
+        self.is_mounted = True
         self._leave = trio.Event()
         self._finished = trio.Event()
         self._report: Progress = no_progress
@@ -271,6 +284,11 @@ async def mount(vault: Vault, request: Mount) -> None:
     options = fuse.mount_options(read_only=request.read_only, allow_other=request.allow_other)
     async with opened(vault, request.options) as session:
         await _start(vault, session, request)
+        backend: Backend = session
+        if request.snapshot is not None:
+            backend = SnapshotBackend(session, await Timeline(session).find(request.snapshot))
+        elif await is_name_taken(session):
+            request.notice(_TAKEN)
         served = MountedCommands(session, vault, request)
         listener, stop = commands.listen(vault.state.control), trio.Event()
         async with trio.open_nursery() as nursery:
@@ -278,7 +296,11 @@ async def mount(vault: Vault, request: Mount) -> None:
             try:
                 async with trio.open_nursery() as background:
                     background.start_soon(session.keep_going)
-                    await _serve(fuse, session, directory, options, request, served)
+                    if not request.read_only:
+                        look = (request.policy, request.collect_every, served.turn)
+                        background.start_soon(look_after, session, *look)
+                    session.changed_behind = fuse.forget_name
+                    await _serve(fuse, backend, directory, options, request, served)
                     served.unmounted = True
                     await _unless_told_again(served.finish)
                     background.cancel_scope.cancel()
@@ -304,6 +326,10 @@ async def _start(vault: Vault, session: Session, request: Mount) -> None:
         request.notice(f"{error.message}; what is here can be used, and is published later")
 
 
+_TAKEN: Final = (
+    f"the vault has a file {SNAPSHOTS_NAME.decode()!r} of its own, which hides the snapshots;"
+    " rename it, or mount one with --snapshot"
+)
 _IS_IT_THERE: Final = "is it running? nothing is lost; try again later"
 
 
@@ -321,7 +347,7 @@ async def _probe(dialer: Dialer) -> None:
 
 async def _serve(
     fuse: Any,
-    session: Session,
+    backend: Backend,
     directory: Path,
     options: set[str],
     request: Mount,
@@ -348,7 +374,7 @@ async def _serve(
 
     async with trio.open_nursery() as nursery:
         try:
-            await fuse.serve(session, str(directory), options, ready)
+            await fuse.serve(backend, str(directory), options, ready)
         except RuntimeError as error:
             if is_mounted:
                 raise

@@ -31,6 +31,7 @@ from hpkvfs.fs.backend import run
 from hpkvfs.fs.filesystem import Filesystem, fail
 from hpkvfs.fs.publisher import Publisher
 from hpkvfs.fs.redolog import RedoLog
+from hpkvfs.fs.shelf import Shelf
 from hpkvfs.net.cache import BlobCache
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import Dialer
@@ -47,10 +48,10 @@ from hpkvfs.types import (
     Missing,
     anchor_id,
 )
-from hpkvfs.volume import fsck, gc
+from hpkvfs.volume import fsck
 from hpkvfs.volume.anchor import Anchor, find_newest
 from hpkvfs.volume.blob import Sealer
-from hpkvfs.volume.deadlist import Dead
+from hpkvfs.volume.gc import CHUNKS, LEAST_CHUNK, Collected, collect, read_list
 from hpkvfs.volume.items import Clock, NameHash
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.volume.volume import Known, MissingExtent, Volume
@@ -73,7 +74,8 @@ class Options:
 
     publish_interval: seconds between generations while something changes; remote_durability:
     fsync waits for the server; dirty_limit: bytes that may wait to be published;
-    publish_at: dirty bytes that are published without waiting for the interval.
+    publish_at: dirty bytes that are published without waiting for the interval;
+    snapshots_shown: they are readable under `.snapshots` in the root directory.
     """
 
     publish_interval: float = 10.0
@@ -82,6 +84,7 @@ class Options:
     dirty_limit: int = 256 * MIB
     publish_at: int = 32 * MIB
     patience: float = 20.0
+    snapshots_shown: bool = True
 
 
 class Session:
@@ -94,6 +97,8 @@ class Session:
         store: RemoteStore,
         volume: Volume,
         fs: Filesystem,
+        shelf: Shelf,
+        names: NameHash,
         writer: bytes,
         options: Options,
         clock: Clock,
@@ -105,6 +110,11 @@ class Session:
         self.store = store
         self.volume = volume
         self.options = options
+        self.shelf = shelf
+        self.names = names
+        self.clock = clock
+        self.writer = writer
+        self.changed_behind: Callable[[int, bytes], None] = lambda parent, name: None
         self._journal = journal
         self._rng = rng
         self._fs = fs
@@ -117,7 +127,8 @@ class Session:
         self.offline_because: HpkvError | None = None
         next_id = volume.known.anchor.next_id if volume.known else BlobId(0)
         self.publisher = Publisher(volume, fs, self, writer, next_id, clock)
-        self._writer = writer
+        self._listing = trio.Lock()
+        self._collecting: trio.CancelScope | None = None
 
     # -- fs.backend.Backend ------------------------------------------------------------
 
@@ -324,7 +335,7 @@ class Session:
 
     async def _adopt(self, known: Known, newer: Known) -> None:
         """Take over a generation after ours: one of ours that a crash kept us from noting."""
-        if newer.anchor.writer != self._writer:
+        if newer.anchor.writer != self.writer:
             await self._follow(known)
         else:
             await self._take_over(newer, known.anchor.size, known.anchor.files)
@@ -408,27 +419,77 @@ class Session:
 
     # -- commands ------------------------------------------------------------------------
 
-    async def gc(self, progress: Progress = lambda done, total: None) -> gc.Collected:
-        """Publish, delete every dead blob for its refund, publish that."""
-        await self.publish(progress)
-        result = gc.Collected()
-        try:
-            await gc.collect(self.volume, result, self._shuffle, progress)
-        finally:
-            self.publisher.removed |= {*result.deleted, *result.absent}
-        if self.publisher.removed:
+    async def gc(
+        self, progress: Progress = lambda done, total: None, spread: float = 0.0
+    ) -> Collected:
+        """Publish, delete every dead blob for its refund, publish that.
+
+        spread: seconds over which the deletions are strewn at random. Of two collections at a
+        time the later takes over what the earlier has left.
+        """
+        if self._collecting is not None:
+            self._collecting.cancel()
+        result = Collected()
+        with trio.CancelScope() as self._collecting:
+            scope = self._collecting
+            try:
+                await self._collect(result, progress, spread)
+            finally:
+                self.publisher.removed |= result.gone
+                if self._collecting is scope:
+                    self._collecting = None
+        if scope.cancelled_caught:
+            log.info("a later collection took over")
+        elif self.publisher.removed:
             await self.publish()
         return result
 
-    def _shuffle(self, entries: list[Dead]) -> None:
+    async def _collect(self, result: Collected, progress: Progress, spread: float) -> None:
+        """Every dead blob of the newest generation, the list written anew now and then."""
+        async with self._listing:
+            await self.publish()
+            entries, _ = await read_list(self.volume, self.volume.dead)
+        entries = [entry for entry in entries if entry.ref not in self.publisher.removed]
+        self._shuffle(entries)
+        times = sorted(int.from_bytes(self._rng(7), "big") / 2**56 * spread for _ in entries)
+        size = max(LEAST_CHUNK, -(-len(entries) // CHUNKS)) if spread else len(entries)
+        start = trio.current_time()
+        for at in range(0, len(entries), size or 1):
+            chunk = list(zip(entries, times, strict=True))[at : at + size]
+            await collect(self.volume, chunk, start, result, progress, len(entries))
+            self.publisher.removed |= result.gone
+
+    def _shuffle(self, entries: list[Any]) -> None:
         entries.sort(key=lambda _: self._rng(16))
 
+    def collectable(self) -> tuple[int, int]:
+        """(blobs that a collection would delete, tokens it would regain), as far as published."""
+        gone = sum(1 for ref in self.publisher.removed)
+        count = max(0, self.volume.dead.count - gone)
+        return count, count * self._tariff.refund
+
+    def refund(self, count: int) -> int:
+        """Tokens for deleting so many blobs."""
+        return count * self._tariff.refund
+
     async def fsck(
-        self, *, extents: bool, progress: Progress = lambda done, total: None
+        self,
+        *,
+        extents: bool,
+        progress: Progress = lambda done, total: None,
+        max_tokens: int | None = None,
     ) -> fsck.Report:
-        """Publish, then check the published generation and the books."""
-        await self.publish()
-        report = await fsck.fsck(self.volume, extents=extents, progress=progress)
+        """Publish, then check the published generation and the books.
+
+        Nothing that is dead only in a later generation is collected meanwhile.
+        """
+        async with self._listing:
+            await self.publish()
+            price = self._tariff.look_up
+            limit = None if max_tokens is None or not price else max_tokens // price
+            report = await fsck.fsck(
+                self.volume, extents=extents, progress=progress, limit=limit, shuffle=self._shuffle
+            )
         if not self.store.conservation.holds:
             report.problems.append(f"the tokens do not add up: {self.store.conservation}")
         return report
@@ -465,6 +526,7 @@ class Session:
             "bytes": totals.bytes,
             "blobs_live": live,
             "blobs_dead": anchor.dead.count if anchor else 0,
+            "blobs_held": anchor.held.count + anchor.held_before if anchor else 0,
             "bytes_stored": stored,
             "amplification": round(stored / anchor.size, 3) if anchor and anchor.size else None,
             "unpublished_bytes": totals.dirty,
@@ -484,7 +546,10 @@ class Session:
 
     @staticmethod
     def _live(anchor: Anchor | None) -> int:
-        return anchor.live + len(anchor.kept) + anchor.dead.pages + 1 if anchor else 0
+        if anchor is None:
+            return 0
+        lists = anchor.dead.pages + anchor.held.pages + len(anchor.tables)
+        return anchor.live + len(anchor.kept) + lists + 1
 
 
 def _save_known(journal: Journal, known: Known) -> None:
@@ -560,6 +625,8 @@ def _build(
     names = NameHash(keys.secret("names"))
     breakglass = Breakglass(keys, store, journal, clock, rng)
     rooms: list[Session] = []
-    fs = Filesystem(volume, redo, names, clock, lambda size: rooms[0].room(size))
-    rooms.append(Session(keys, journal, store, volume, fs, writer, options, clock, breakglass, rng))
+    shelf = Shelf(volume, names, shown=options.snapshots_shown)
+    fs = Filesystem(shelf, redo, names, clock, lambda size: rooms[0].room(size))
+    parts = (keys, journal, store, volume, fs, shelf, names, writer)
+    rooms.append(Session(*parts, options, clock, breakglass, rng))
     return rooms[0]

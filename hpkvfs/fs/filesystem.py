@@ -21,11 +21,12 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from hpkvfs.fs.layer import Cut, Effect, Gone, Layer, Put, Usage, Write
-from hpkvfs.fs.redolog import RedoLog
+from hpkvfs.fs.shelf import in_snapshot
 from hpkvfs.fs.view import Below, View
 from hpkvfs.volume.items import (
     BLOCK,
@@ -81,6 +82,38 @@ class Totals:
     dirty: int
 
 
+class Base(Below, Protocol):
+    """The published tree, and names in it that are not listed."""
+
+    def hidden(self, parent: int, name: bytes) -> Dirent | None:
+        """The entry of a name that is there and not listed."""
+        ...
+
+
+class Log(Protocol):
+    """What a filesystem needs of its redo log; see redolog.py."""
+
+    def replay(self, covered: int) -> Iterator[list[Effect]]:
+        """Records after those that a generation covers."""
+        ...
+
+    def append(self, effects: Iterable[Effect]) -> None:
+        """Add one operation; OSError when it can't be."""
+        ...
+
+    def syncer(self) -> Callable[[], None]:
+        """A function that returns when all appended so far is on the disk."""
+        ...
+
+    def rotate(self) -> int:
+        """Go on in another file; the number of the last."""
+        ...
+
+    def drop(self, covered: int) -> None:
+        """Delete the files that a published generation covers."""
+        ...
+
+
 class Filesystem:
     """Inodes, directories and file data over a published tree.
 
@@ -89,8 +122,8 @@ class Filesystem:
 
     def __init__(
         self,
-        below: Below,
-        log: RedoLog,
+        below: Base,
+        log: Log,
         names: NameHash,
         clock: Clock,
         room: Callable[[int], None] = lambda _: None,
@@ -151,6 +184,14 @@ class Filesystem:
         """Remove an orphan for good; Missing."""
         inode = self.getattr(ino)
         self._commit([*_remove(inode), Put(key(0, ItemKind.ORPHAN, ino), None)])
+
+    def mend(self, effects: list[Effect]) -> None:
+        """Repair: apply changes as they are, which may break rules to restore others."""
+        self._commit(effects)
+
+    def place_for(self, parent: int, name: bytes) -> int:
+        """Where a directory's entry of a new name belongs; EEXIST, Missing."""
+        return self._free_cookie(parent, name)
 
     def rebase(self, size: int, files: int) -> None:
         """The generation below turned out to hold some of the active layer already."""
@@ -474,7 +515,7 @@ class Filesystem:
             if entry.name == name:
                 return entry
         self._directory(parent)
-        return None
+        return self._below.hidden(parent, name)
 
     def _free_cookie(self, parent: int, name: bytes) -> int:
         """A cookie for a new name; EEXIST if it is there already."""
@@ -578,7 +619,9 @@ class Filesystem:
     # -- effects ---------------------------------------------------------------------
 
     def _commit(self, effects: list[Effect]) -> None:
-        """The one way to change anything: first the log, then memory."""
+        """The one way to change anything: first the log, then memory. EROFS for snapshots."""
+        if any(in_snapshot(_inode_of(effect)) for effect in effects):
+            raise fail(errno.EROFS)
         self._log.append(effects)
         self._take(effects)
 
@@ -593,6 +636,15 @@ class Filesystem:
     def _restack(self) -> None:
         layers = [self.active] if self.frozen is None else [self.active, self.frozen]
         self._view = View(layers, self._below)
+
+
+def _inode_of(effect: Effect) -> int:
+    match effect:
+        case Put(raw, _):
+            return split_key(raw)[0]
+        case Gone(ino):
+            return ino
+    return 0  # nothing else comes without one of these
 
 
 def _put(inode: Inode) -> Put:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,8 +21,10 @@ from hpkvfs.fs.view import View
 from hpkvfs.parallel import each
 from hpkvfs.types import ANCHOR_BIT, BlobId, BlobRef
 from hpkvfs.volume import gc
-from hpkvfs.volume.commit import Base, Insert, Load, Sealed, Step, Steps, publish
+from hpkvfs.volume.commit import Base, Insert, Load, Rewrite, Sealed, Step, Steps, publish
+from hpkvfs.volume.deadlist import DeadList
 from hpkvfs.volume.items import Clock
+from hpkvfs.volume.snapshots import Plan, plan
 from hpkvfs.volume.volume import Known, Volume
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class _Attempt:
     mark: int
     orphans: frozenset[BlobRef]
     removed: frozenset[BlobRef]
+    snapshots: Plan | None
     step: Step | None = None
     stored: set[BlobRef] = field(default_factory=set)
     done: Known | None = None
@@ -95,13 +98,26 @@ class Publisher:
         self._next_ino = 0
         self.orphans: set[BlobRef] = set()
         self.removed: set[BlobRef] = set()
+        self.create: list[str] = []
+        self.delete: set[str] = set()
+        self.rewrite: Rewrite | None = None
         self.last_error: StoreError | SecondWriter | None = None
 
     @property
     def pending(self) -> bool:
         """Whether there is anything that the newest generation does not hold."""
         unpublished = self._fs.active or self._fs.frozen is not None
-        return bool(unpublished or self.orphans or self.removed)
+        snapshots = self.create or self.delete
+        return bool(unpublished or self.orphans or self.removed or snapshots or self.rewrite)
+
+    def withdraw(self, create: Iterable[str], delete: Iterable[str]) -> bool:
+        """Forget that these snapshots were to be made or deleted; False if it is too late."""
+        under_way = self._attempt.snapshots if self._attempt else None
+        if under_way and {*under_way.create, *under_way.delete} & {*create, *delete}:
+            return False
+        self.create = [name for name in self.create if name not in set(create)]
+        self.delete -= set(delete)
+        return True
 
     @property
     def stored_now(self) -> int:
@@ -143,6 +159,7 @@ class Publisher:
     async def _begin(self) -> _Attempt:
         removed = frozenset(self.removed)
         remaining = await gc.remaining(self._volume, removed) if removed else None
+        snapshots = await self._plan_snapshots()
         mark = self._records.mark()
         if self._fs.frozen is None:
             self._covered = self._fs.freeze()
@@ -158,13 +175,27 @@ class Publisher:
             now=self._clock(),
             orphans=sorted(self.orphans),
             remaining=remaining,
+            snapshots=snapshots,
+            rewrite=self.rewrite,
         )
         view = View([frozen], self._volume)
         steps = publish(base, frozen, view.blocks, self._volume, self._volume.sealer)
-        attempt = _Attempt(steps, mark, frozenset(base.orphans), removed)
+        attempt = _Attempt(steps, mark, frozenset(base.orphans), removed, snapshots)
         self._attempt = attempt
         attempt.advance()
         return attempt
+
+    async def _plan_snapshots(self) -> Plan | None:
+        volume, known = self._volume, self._volume.known
+        if not (self.create or self.delete):
+            return None
+        tables, held = (known.anchor.tables, known.anchor.held) if known else ((), DeadList())
+        create, delete = tuple(self.create), frozenset(self.delete)
+
+        def attempt() -> Plan:
+            return plan(volume.snapshots(known), held, tables, volume.entries, create, delete)
+
+        return await gc.loading(volume, attempt)
 
     def _abandon(self, attempt: _Attempt) -> None:
         stored = {ref for ref in attempt.stored if not ref.id & ANCHOR_BIT}
@@ -220,6 +251,10 @@ class Publisher:
         self.next_id = known.anchor.next_id
         self.orphans -= attempt.orphans
         self.removed -= attempt.removed
+        self.rewrite = None
+        if attempt.snapshots is not None:
+            self.create = [name for name in self.create if name not in attempt.snapshots.create]
+            self.delete -= attempt.snapshots.delete
         self._fs.published(self._covered)
         self._attempt = None
         self._records.settle(attempt.mark)

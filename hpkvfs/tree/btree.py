@@ -140,7 +140,7 @@ def wanted(source: NodeSource, root: BlobRef | None, keys: Sequence[bytes]) -> l
         raise ValueError("the keys do not ascend")
     try:
         levels = _paths(source, root, keys)
-        _gather(source, list(dict.fromkeys(_possible_mergers(levels, keys))))
+        gather(source, list(dict.fromkeys(_possible_mergers(levels, keys))))
     except Missing as missing:
         return list(missing.refs)
     return []
@@ -224,7 +224,7 @@ def _check_child(child: Node, level: int, first: bytes, upper: bytes | None) -> 
         raise CorruptNode("a child's keys are not those its parent gives it")
 
 
-def _gather(source: NodeSource, refs: Iterable[BlobRef]) -> None:
+def gather(source: NodeSource, refs: Iterable[BlobRef]) -> None:
     """See that all of these nodes are in memory; one Missing for all that are not."""
     kind: type[Missing] | None = None
     missing: list[BlobRef] = []
@@ -242,7 +242,7 @@ def _next_of_scan(source: NodeSource, ahead: list[tuple[_Visit, int]]) -> _Visit
     try:
         return _visit_child(source, *ahead[-1])
     except Missing:
-        _gather(source, (visit.node.child(i) for visit, i in ahead[: -READAHEAD - 1 : -1]))
+        gather(source, (visit.node.child(i) for visit, i in ahead[: -READAHEAD - 1 : -1]))
         raise
     finally:
         ahead.pop()
@@ -253,7 +253,7 @@ def _paths(source: NodeSource, root: BlobRef, keys: Sequence[bytes]) -> list[lis
     levels = [[_visit_root(source, root, len(keys))]]
     while levels[-1][0].node.level:
         steps = [step for visit in levels[-1] for step in _route(visit, keys)]
-        _gather(source, (visit.node.child(index) for visit, index, _, _ in steps))
+        gather(source, (visit.node.child(index) for visit, index, _, _ in steps))
         below = []
         for parent, index, start, stop in steps:
             child = _visit_child(source, parent, index)
@@ -455,7 +455,7 @@ def _neighbours(source: NodeSource, visit: _Visit) -> list[_Visit]:
     if visit.parent is None:
         return []
     parent = visit.parent
-    _gather(source, map(parent.node.child, _beside(visit)))
+    gather(source, map(parent.node.child, _beside(visit)))
     return [_visit_child(source, parent, index) for index in _beside(visit)]
 
 

@@ -19,17 +19,19 @@ from typing import Any, Final, TypeAlias
 
 import msgpack
 
-from hpkvfs.errors import CorruptBlob, NewerFormat
-from hpkvfs.types import PAYLOAD_SIZE, REF_SIZE, BlobId, BlobRef, Generation, anchor_id
-from hpkvfs.volume.deadlist import DeadList
+from hpkvfs.errors import CorruptBlob, NewerFormat, VaultError
+from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, Generation, anchor_id
+from hpkvfs.volume.deadlist import DeadList, join_refs, split_refs
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LENGTH = 4
+_EMPTY = DeadList()
+_NO_ID = BlobId(0)
 _LADDER: Final = (2, 4, 8, 16)
 
 Round: TypeAlias = frozenset[Generation]
 Search: TypeAlias = Generator[Round, Round, Generation | None]
-_SHAPE = [int, int, bytes, int, int, bytes, bytes, int, int, int, int, int, list]
+_SHAPE = [int, int, bytes, int, int, bytes, bytes, *[int] * 5, list, bytes, int, list, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,10 @@ class Anchor:
     writer: 8 random bytes of the state directory that published it; redo: the last redo log
     whose effects it includes (counted by that writer); live: nodes and extents reachable
     from root; size: sum of file sizes; kept: older anchors that are still stored.
+
+    tables: the snapshots' records (snapshots.py); horizon: next_id of the newest snapshot, 0
+    when there is none; held: that snapshot's held list; held_before: entries in those of the
+    older ones.
     """
 
     generation: Generation
@@ -53,6 +59,10 @@ class Anchor:
     size: int
     files: int
     dead: DeadList
+    tables: tuple[BlobRef, ...] = ()
+    horizon: BlobId = _NO_ID
+    held: DeadList = _EMPTY
+    held_before: int = 0
 
     def encode(self) -> bytes:
         """A 16,384-byte payload; ValueError when it does not fit (spill the dead list)."""
@@ -63,13 +73,17 @@ class Anchor:
             self.redo,
             self.time,
             self.root.encode() if self.root else b"",
-            b"".join(ref.encode() for ref in self.kept),
+            join_refs(self.kept),
             self.next_id,
             self.next_ino,
             self.live,
             self.size,
             self.files,
             self.dead.encode(),
+            join_refs(self.tables),
+            self.horizon,
+            self.held.encode(),
+            self.held_before,
         ]
         body: bytes = msgpack.packb(fields, use_bin_type=True)
         if len(body) + _LENGTH > PAYLOAD_SIZE:
@@ -78,35 +92,46 @@ class Anchor:
 
     @classmethod
     def decode(cls, payload: bytes) -> Anchor:
-        """Inverse of encode; NewerFormat or CorruptBlob."""
+        """Inverse of encode; NewerFormat, VaultError (an older one) or CorruptBlob."""
         fields = _unpack(payload)
         if fields[0] != FORMAT_VERSION:
-            raise NewerFormat(
-                f"the vault has format {fields[0]}, newer than this hpkvfs knows",
-                "install a newer hpkvfs",
-            )
+            raise _other_format(fields[0])
         if list(map(type, fields)) != _SHAPE:
             raise CorruptBlob("an anchor is damaged")
         try:
             _, generation, writer, redo, time, root, kept, *rest = fields
-            next_id, next_ino, live, size, files, dead = rest
-            refs = (kept[i : i + REF_SIZE] for i in range(0, len(kept), REF_SIZE))
+            next_id, next_ino, live, size, files, dead, tables, horizon, held, held_before = rest
             return cls(
                 generation,
                 writer,
                 redo,
                 time,
                 BlobRef.decode(root) if root else None,
-                tuple(map(BlobRef.decode, refs)),
+                split_refs(kept),
                 next_id,
                 next_ino,
                 live,
                 size,
                 files,
                 DeadList.decode(dead),
+                split_refs(tables),
+                horizon,
+                DeadList.decode(held),
+                held_before,
             )
         except (ValueError, TypeError):
             raise CorruptBlob("an anchor is damaged") from None
+
+
+def _other_format(found: object) -> VaultError:
+    if isinstance(found, int) and found < FORMAT_VERSION:
+        return VaultError(
+            f"the vault has format {found}, older than this hpkvfs knows",
+            "copy its files out with the hpkvfs that wrote it, into a new vault",
+        )
+    return NewerFormat(
+        f"the vault has format {found}, newer than this hpkvfs knows", "install a newer hpkvfs"
+    )
 
 
 def _unpack(payload: bytes) -> list[Any]:

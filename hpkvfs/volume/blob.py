@@ -36,6 +36,7 @@ class Kind(Enum):
     EXTENT = b"hpkvfs/extent/v1"
     ANCHOR = b"hpkvfs/anchor/v1"
     PAGE = b"hpkvfs/page/v1"
+    TABLE = b"hpkvfs/snapshots/v1"
 
 
 class Sealer:

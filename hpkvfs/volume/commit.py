@@ -1,6 +1,6 @@
 """Publishing one generation, as a generator of steps; it does no I/O itself.
 
-    extents -> tree nodes and dead-list pages -> (all of them stored) -> anchor
+    extents -> tree nodes, list pages and tables of snapshots -> (all of them stored) -> anchor
 
 The caller carries out each step completely before it sends the generator on, so a step
 boundary is a barrier; in particular nothing names a blob before that blob is stored, and
@@ -11,7 +11,7 @@ fails keeps the generator and the rest of the step, and goes on later with the s
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from hpkvfs.tree import btree
@@ -19,7 +19,7 @@ from hpkvfs.tree.node import Node
 from hpkvfs.types import BlobId, BlobRef, Generation, Missing, anchor_id
 from hpkvfs.volume.anchor import Anchor, successors
 from hpkvfs.volume.blob import Kind, Sealer
-from hpkvfs.volume.deadlist import Dead, DeadList
+from hpkvfs.volume.deadlist import INLINE_HELD, Dead, DeadList
 from hpkvfs.volume.items import (
     BLOCK,
     INLINE_LIMIT,
@@ -30,6 +30,7 @@ from hpkvfs.volume.items import (
     key,
     split_key,
 )
+from hpkvfs.volume.snapshots import Plan, Snapshot, encode_tables
 from hpkvfs.volume.volume import Known, MissingNode
 
 EXTENTS_AT_ONCE = 256
@@ -104,13 +105,23 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A tree of which nodes are lost or miscounted: the items left of it, and its old nodes."""
+
+    items: tuple[tuple[bytes, bytes], ...]
+    nodes: tuple[BlobRef, ...]
+
+
 @dataclass(slots=True)
 class Base:
     """What a generation is built on.
 
     known: the newest published generation, if any; next_id: above every id ever used;
     orphans: stored blobs that no generation names (of attempts that did not get to their
-    anchor); remaining: the dead list as collection left it, None if it was not touched.
+    anchor); remaining: the dead list as collection left it, None if it was not touched;
+    snapshots: what becomes of them, None if they stay as they are; rewrite: the tree to begin
+    with, if not the known generation's.
     """
 
     known: Known | None
@@ -121,6 +132,8 @@ class Base:
     now: int
     orphans: list[BlobRef] = field(default_factory=list)
     remaining: list[Dead] | None = None
+    snapshots: Plan | None = None
+    rewrite: Rewrite | None = None
 
 
 class Pinned:
@@ -178,38 +191,77 @@ def publish(
     maker = _Maker(sealer, base.next_id)
     edits = yield from _blocks(changes, read_blocks, maker)
     fresh = len(edits[1])
-    pinned = Pinned(source)
-    items: dict[bytes, bytes | None] = {}
-    items.update((yield from _removed(changes, pinned, source.root)))
-    items.update(edits[0])
-    items.update(changes.items_changed())
-    applied = yield from _apply(pinned, source.root, sorted(items.items()), maker)
-    freed = applied.freed + [
-        decode_extent(old) for raw, old in applied.displaced if _is_extent(raw)
-    ]
-    dead, kept = _bury(base, freed, maker)
-    previous = base.known.anchor if base.known else None
-    generation = Generation(previous.generation + 1 if previous else 0)
-    live = (previous.live if previous else 0) + fresh + applied.written - len(freed)
-    if maker.made:
-        yield maker.take()
-    anchor = Anchor(
-        generation=generation,
+    if base.rewrite is None:
+        freed, root, written = yield from _change(changes, edits[0], source, maker)
+        live = -len(freed)
+    else:
+        freed, root, written = _rewrite(base.rewrite, changes, edits[0], maker)
+        kept = sum(_is_extent(raw) for raw, _ in base.rewrite.items)
+        live = kept + len(base.rewrite.nodes) - len(freed) - _live(base)
+    live += fresh + written
+    previous = base.known.anchor if base.known else _NOTHING
+    anchor = replace(
+        previous,
+        generation=Generation(previous.generation + 1),
         writer=base.writer,
         redo=base.redo,
         time=base.now,
-        root=applied.root,
-        kept=kept,
+        root=root,
         next_id=maker.next_id,
         next_ino=base.next_ino,
-        live=live,
-        size=(previous.size if previous else 0) + changes.usage_bytes,
-        files=(previous.files if previous else 0) + changes.usage_files,
-        dead=dead,
+        live=previous.live + live,
+        size=previous.size + changes.usage_bytes,
+        files=previous.files + changes.usage_files,
     )
+    anchor = _bury(base, anchor, freed, maker)
+    if maker.made:
+        yield maker.take()
+    generation = anchor.generation
     ref, blob = sealer.seal(anchor_id(generation), Kind.ANCHOR, anchor.encode())
     yield Insert((Sealed(ref, blob),))
     return Known(anchor, ref)
+
+
+def _change(
+    changes: Changes, blocks: dict[bytes, bytes | None], source: Source, maker: _Maker
+) -> Generator[Step, None, tuple[list[BlobRef], BlobRef | None, int]]:
+    """Write the changed nodes: (blobs that are no longer needed, new root, nodes written)."""
+    pinned = Pinned(source)
+    items: dict[bytes, bytes | None] = {}
+    items.update((yield from _removed(changes, pinned, source.root)))
+    items.update(blocks)
+    items.update(changes.items_changed())
+    applied = yield from _apply(pinned, source.root, sorted(items.items()), maker)
+    displaced = [decode_extent(old) for raw, old in applied.displaced if _is_extent(raw)]
+    return applied.freed + displaced, applied.root, applied.written
+
+
+def _rewrite(
+    rewrite: Rewrite, changes: Changes, blocks: dict[bytes, bytes | None], maker: _Maker
+) -> tuple[list[BlobRef], BlobRef | None, int]:
+    """As _change, writing all of the tree; there may be no ranges to remove."""
+    assert not list(changes.hidden_ranges())
+    before: dict[bytes, bytes] = dict(rewrite.items)
+    after: dict[bytes, bytes | None] = {**before, **blocks, **dict(changes.items_changed())}
+    displaced = [
+        decode_extent(old) for raw, old in before.items() if _is_extent(raw) and after[raw] != old
+    ]
+    none = Pinned(_Empty())
+    applied = btree.apply(none, None, sorted(after.items()), maker.node)
+    return [*rewrite.nodes, *displaced], applied.root, applied.written
+
+
+class _Empty:
+    """A source of a tree without nodes."""
+
+    root = None
+
+    def node(self, ref: BlobRef) -> Node:
+        raise AssertionError(ref)
+
+
+def _live(base: Base) -> int:
+    return base.known.anchor.live if base.known else 0
 
 
 def _blocks(
@@ -277,19 +329,71 @@ def _apply(
     return btree.apply(source, root, edits, maker.node)
 
 
-def _bury(base: Base, freed: list[BlobRef], maker: _Maker) -> tuple[DeadList, tuple[BlobRef, ...]]:
-    """The new dead list, and the anchors that stay."""
-    died = Generation(base.known.anchor.generation + 1 if base.known else 0)
-    kept: tuple[BlobRef, ...] = ()
-    gone = [*base.orphans, *freed]
-    dead = DeadList()
+def _bury(base: Base, anchor: Anchor, freed: list[BlobRef], maker: _Maker) -> Anchor:
+    """The anchor with its dead and held lists, its snapshots, and the anchors that stay."""
+    born = anchor.next_id
+    gone = list(base.orphans)
+    dead = anchor.dead
     if base.known is not None:
         kept, collected = successors(base.known.anchor, base.known.ref)
+        anchor = replace(anchor, kept=kept)
         gone += collected
-        dead = base.known.anchor.dead
     if base.remaining is not None:
         dead = DeadList().add(base.remaining, maker.page)
-    return dead.add([Dead(ref, died) for ref in gone], maker.page), kept
+    plan = base.snapshots
+    horizon = anchor.horizon if plan is None else plan.horizon
+    died = [Dead(ref, anchor.generation) for ref in freed]
+    held = [entry for entry in died if entry.ref.id < horizon]
+    dying = [entry for entry in died if entry.ref.id >= horizon]
+    if plan is None:
+        anchor = replace(anchor, held=anchor.held.add(held, maker.page, INLINE_HELD))
+    else:
+        gone += plan.emptied
+        dying += plan.freed
+        anchor = _keep(replace(anchor, next_id=born), plan, held, maker)
+    dying += [Dead(ref, anchor.generation) for ref in gone]
+    dead = dead.add(dying, maker.page)
+    return replace(anchor, dead=dead, next_id=maker.next_id)
+
+
+def _keep(anchor: Anchor, plan: Plan, held: list[Dead], maker: _Maker) -> Anchor:
+    """Write the table of snapshots anew; `held` died in this generation and is held."""
+    if plan.stay:
+        plan.stay[-1].more.extend(held)
+    lists = [stay.held.add(stay.more, maker.page, INLINE_HELD) for stay in plan.stay]
+    records = [stay.snapshot for stay in plan.stay]
+    for name in plan.create:
+        records.append(_record(name, anchor))
+        lists.append(DeadList())
+    newest = lists.pop() if lists else DeadList()
+    packed = [dead.add([], maker.page, 0) for dead in lists]
+    older = [replace(r, held=h) for r, h in zip(records, packed, strict=False)]
+    last = [replace(r, held=DeadList()) for r in records[-1:]]
+    tables = [maker.make(Kind.TABLE, payload) for payload in encode_tables([*older, *last])]
+    return replace(
+        anchor,
+        tables=tuple(tables),
+        horizon=records[-1].next_id if records else BlobId(0),
+        held=newest,
+        held_before=sum(dead.count for dead in packed),
+    )
+
+
+def _record(name: str, anchor: Anchor) -> Snapshot:
+    return Snapshot(
+        name=name,
+        generation=anchor.generation,
+        time=anchor.time,
+        writer=anchor.writer,
+        root=anchor.root,
+        next_id=anchor.next_id,
+        live=anchor.live,
+        size=anchor.size,
+        files=anchor.files,
+    )
+
+
+_NOTHING = Anchor(Generation(-1), b"", 0, 0, None, (), BlobId(0), 0, 0, 0, 0, DeadList())
 
 
 def _is_extent(raw: bytes) -> bool:

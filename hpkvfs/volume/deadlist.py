@@ -1,13 +1,15 @@
-"""The dead list: blobs no longer part of the newest tree and not yet deleted.
+"""Dead lists: blobs that are no longer part of the newest tree and not yet deleted.
 
-It lives in the anchor, not in the tree, so that freeing a blob never changes a node. New
+There is one of those that may be deleted, and one of those that a snapshot still holds for
+each snapshot (snapshots.py). The former, and the latter of the newest snapshot, live in the
+anchor.
+
+A list lives in the anchor, not in the tree, so that freeing a blob never changes a node. New
 entries are written in the anchor itself; when they would crowd it, whole pages of them are
 packed into blobs and only the pages' references stay; pages of pages likewise. Each dead
 blob is thus written about once however long the list grows (a log-structured list).
 
-An entry is 48 bytes: the blob's reference and the generation in which it died. Ids are
-ordered by birth, so a snapshot of generation s holds the entry exactly when the blob was
-born before s (id < the snapshot's next_id) and died after it.
+An entry is 48 bytes: the blob's reference and the generation in which it died.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from hpkvfs.types import PAYLOAD_SIZE, REF_SIZE, BlobRef, Generation
 _DIED = struct.Struct(">Q")
 _HEADER = struct.Struct(">BH")
 ENTRY_SIZE = REF_SIZE + _DIED.size
-INLINE_ENTRIES = 120
-INLINE_PAGES = 40
+INLINE_ENTRIES = 100
+INLINE_HELD = 50
+INLINE_PAGES = 16
 PAGE_ENTRIES = (PAYLOAD_SIZE - _HEADER.size) // ENTRY_SIZE
 
 
@@ -56,7 +59,7 @@ class DeadList:
         return [
             self.count,
             _join_entries(self.entries),
-            [b"".join(ref.encode() for ref in level) for level in self.levels],
+            [join_refs(level) for level in self.levels],
         ]
 
     @classmethod
@@ -65,14 +68,22 @@ class DeadList:
         count, entries, levels = form
         if not (isinstance(count, int) and isinstance(entries, bytes) and isinstance(levels, list)):
             raise TypeError("not a dead list")
-        return cls(_split_entries(entries), tuple(map(_split_refs, levels)), count)
+        return cls(_split_entries(entries), tuple(map(split_refs, levels)), count)
 
-    def add(self, dead: Iterable[Dead], write_page: Callable[[bytes], BlobRef]) -> DeadList:
-        """The list with more entries; pages that become necessary are given to write_page."""
+    def add(
+        self,
+        dead: Iterable[Dead],
+        write_page: Callable[[bytes], BlobRef],
+        inline: int = INLINE_ENTRIES,
+    ) -> DeadList:
+        """The list with more entries, at most `inline` of them not in pages.
+
+        Pages that become necessary are given to write_page.
+        """
         entries = [*self.entries, *dead]
         added = len(entries) - len(self.entries)
         levels = [list(level) for level in self.levels]
-        while len(entries) > INLINE_ENTRIES:
+        while len(entries) > inline:
             page, entries = entries[:PAGE_ENTRIES], entries[PAGE_ENTRIES:]
             _push(levels, 0, write_page(_page(1, len(page), _join_entries(page))), write_page)
         return DeadList(tuple(entries), tuple(map(tuple, levels)), self.count + added)
@@ -85,8 +96,7 @@ def _push(
         levels.append([])
     levels[at].append(ref)
     if len(levels[at]) > INLINE_PAGES:
-        body = b"".join(page.encode() for page in levels[at])
-        packed = write_page(_page(at + 2, len(levels[at]), body))
+        packed = write_page(_page(at + 2, len(levels[at]), join_refs(levels[at])))
         levels[at] = []
         _push(levels, at + 1, packed, write_page)
 
@@ -104,7 +114,7 @@ def read_page(payload: bytes, level: int) -> tuple[list[Dead], list[BlobRef]]:
         raise CorruptBlob("a page of the dead list is damaged")
     if level == 1:
         return list(_split_entries(body)), []
-    return [], list(_split_refs(body))
+    return [], list(split_refs(body))
 
 
 def _join_entries(entries: Iterable[Dead]) -> bytes:
@@ -120,7 +130,13 @@ def _split_entries(raw: bytes) -> tuple[Dead, ...]:
     )
 
 
-def _split_refs(raw: bytes) -> tuple[BlobRef, ...]:
+def join_refs(refs: Iterable[BlobRef]) -> bytes:
+    """References one after another, 40 bytes each."""
+    return b"".join(ref.encode() for ref in refs)
+
+
+def split_refs(raw: bytes) -> tuple[BlobRef, ...]:
+    """Inverse of join_refs; ValueError when one is cut short."""
     if len(raw) % REF_SIZE:
         raise ValueError("references cut short")
     return tuple(BlobRef.decode(raw[i : i + REF_SIZE]) for i in range(0, len(raw), REF_SIZE))

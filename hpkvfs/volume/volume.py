@@ -25,6 +25,7 @@ from hpkvfs.volume.anchor import Anchor
 from hpkvfs.volume.blob import Kind, Sealer
 from hpkvfs.volume.deadlist import Dead, DeadList, read_page
 from hpkvfs.volume.keys import VaultKeys
+from hpkvfs.volume.snapshots import Snapshot, decode_table
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,18 @@ class MissingExtent(Missing):
 
 class MissingPage(Missing):
     """Pages of the dead list that are not in memory."""
+
+
+class MissingTable(Missing):
+    """Tables of snapshots that are not in memory."""
+
+
+_KINDS = {
+    MissingNode: Kind.NODE,
+    MissingExtent: Kind.EXTENT,
+    MissingPage: Kind.PAGE,
+    MissingTable: Kind.TABLE,
+}
 
 
 class Cache(Protocol):
@@ -107,6 +120,7 @@ class Volume:
         self._nodes: Lru[Node] = Lru(NODES_IN_MEMORY)
         self._extents: Lru[bytes] = Lru(EXTENTS_IN_MEMORY)
         self._pages: dict[BlobRef, tuple[list[Dead], list[BlobRef]]] = {}
+        self._tables: dict[BlobRef, list[Snapshot]] = {}
         self._loading: dict[BlobRef, trio.Event] = {}
         self._slots = trio.CapacityLimiter(FETCHES_AT_ONCE)
 
@@ -128,6 +142,16 @@ class Volume:
         """Items of the newest known tree with low <= key < high; MissingNode."""
         return btree.scan(self, self.root, low, high)
 
+    def get_in(self, root: BlobRef | None, key: bytes) -> bytes | None:
+        """An item of another tree, or None; MissingNode."""
+        return btree.get(self, root, key)
+
+    def scan_in(
+        self, root: BlobRef | None, low: bytes, high: bytes
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Items of another tree with low <= key < high; MissingNode."""
+        return btree.scan(self, root, low, high)
+
     def node(self, ref: BlobRef) -> Node:
         """A tree node; MissingNode when it is not in memory."""
         node = self._nodes.get(ref)
@@ -146,10 +170,10 @@ class Volume:
         """Whether an extent is in memory or being fetched."""
         return self._extents.get(ref) is not None or ref in self._loading
 
-    def dead_entries(self) -> tuple[list[Dead], list[BlobRef]]:
-        """Every dead blob, and every page that lists them; MissingPage."""
-        entries, pages = list(self.dead.entries), []
-        work = [(i + 1, ref) for i, refs in enumerate(self.dead.levels) for ref in refs]
+    def entries(self, dead: DeadList) -> tuple[list[Dead], list[BlobRef]]:
+        """Every blob on a dead list, and every page of the list; MissingPage."""
+        entries, pages = list(dead.entries), []
+        work = [(i + 1, ref) for i, refs in enumerate(dead.levels) for ref in refs]
         missing = []
         while work:
             level, ref = work.pop()
@@ -164,6 +188,15 @@ class Volume:
             raise MissingPage(tuple(missing))
         return entries, pages
 
+    def snapshots(self, known: Known | None = None) -> list[Snapshot]:
+        """The snapshots of a known generation, oldest first; MissingTable."""
+        known = known or self.known
+        tables = known.anchor.tables if known else ()
+        missing = [ref for ref in tables if ref not in self._tables]
+        if missing:
+            raise MissingTable(tuple(missing))
+        return [snapshot for ref in tables for snapshot in self._tables[ref]]
+
     def remember(self, ref: BlobRef, blob: bytes, node: Node | None) -> None:
         """Keep a blob that was just published, so that reading it back costs nothing."""
         self._cache.put(ref, blob)
@@ -174,10 +207,11 @@ class Volume:
         """Drop a blob from the local cache: it was deleted."""
         self._cache.drop(ref)
         self._pages.pop(ref, None)
+        self._tables.pop(ref, None)
 
     async def load(self, missing: Missing) -> None:
         """Bring what is missing into memory, in parallel; StoreError or CorruptBlob."""
-        kind = {MissingNode: Kind.NODE, MissingExtent: Kind.EXTENT}.get(type(missing), Kind.PAGE)
+        kind = _KINDS[type(missing)]
 
         async def load(ref: BlobRef) -> None:
             await self._load_one(ref, kind)
@@ -206,6 +240,8 @@ class Volume:
                 self._nodes.put(ref, Node.decode(payload))
             except CorruptNode as error:
                 raise CorruptBlob(f"node {ref!r} is damaged: {error}") from None
+        elif kind is Kind.TABLE:
+            self._tables[ref] = decode_table(payload)
         else:
             self._pages[ref] = read_page(payload, payload[0])
 
@@ -225,6 +261,16 @@ class Volume:
             raise
         self._cache.put(ref, blob)
         return payload
+
+    def cached(self, ref: BlobRef) -> bytes | None:
+        """A blob that is in the local cache, and is what its reference promises; or None."""
+        blob = self._cache.get(ref)
+        return blob if blob is not None and self.sealer.reference(ref.id, blob) == ref else None
+
+    def peek(self, ref: BlobRef, kind: Kind) -> bytes | None:
+        """One blob's payload from the local cache alone; None when it is not there."""
+        blob = self.cached(ref)
+        return None if blob is None else self.sealer.open(ref, kind, blob)
 
     async def find_anchor(self, generation: Generation) -> Known | None:
         """Look up one generation's anchor; CorruptBlob if it is there but not an anchor."""

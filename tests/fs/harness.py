@@ -14,6 +14,7 @@ from hpkvfs.fs.backend import run
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.publisher import Publisher
 from hpkvfs.fs.redolog import RedoLog
+from hpkvfs.fs.shelf import Shelf
 from hpkvfs.types import ANCHOR_BIT, BlobId, BlobRef, Missing
 from hpkvfs.volume import fsck, gc
 from hpkvfs.volume.blob import Sealer
@@ -69,7 +70,8 @@ class Client:
         sealer = Sealer(machine.keys, machine.rng)
         self.volume = Volume(machine.keys, sealer, machine.store, NoCache(), machine.known)
         names = NameHash(machine.keys.secret("names"))
-        self.fs = Filesystem(self.volume, self.log, names, machine.clock)
+        self.shelf = Shelf(self.volume, names)
+        self.fs = Filesystem(self.shelf, self.log, names, machine.clock)
         anchor = machine.known.anchor if machine.known else None
         next_id = anchor.next_id if anchor else BlobId(0)
         self.publisher = Publisher(self.volume, self.fs, self, b"writer00", next_id, machine.clock)
@@ -125,9 +127,12 @@ class Client:
     async def collect(self) -> gc.Collected:
         result = gc.Collected()
         try:
-            await gc.collect(self.volume, result, lambda entries: None, lambda done, total: None)
+            entries, _ = await gc.read_list(self.volume, self.volume.dead)
+            timed = [(entry, 0.0) for entry in entries]
+            start = trio.current_time()
+            await gc.collect(self.volume, timed, start, result, lambda done, total: None, 0)
         finally:
-            self.publisher.removed |= {*result.deleted, *result.absent}
+            self.publisher.removed |= result.gone
         return result
 
     async def check(self) -> fsck.Report:

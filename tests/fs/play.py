@@ -177,10 +177,10 @@ async def _play_on_inode(backend: Backend, name: str, inode: Inode, args: list[A
             raise AssertionError(name)
 
 
-async def tree(backend: Backend) -> Tree:
+async def tree(backend: Backend, root: int = 1) -> Tree:
     """Everything that can be seen, by path; as Model.tree."""
     seen: Tree = {}
-    await _walk(backend, (), await run(backend, lambda: backend.fs.getattr(1)), seen)
+    await _walk(backend, (), await run(backend, lambda: backend.fs.getattr(root)), seen)
     return seen
 
 

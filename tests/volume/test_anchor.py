@@ -11,16 +11,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpkvfs.errors import CorruptBlob, NewerFormat
+from hpkvfs.errors import CorruptBlob, NewerFormat, VaultError
 from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, Generation, anchor_id
 from hpkvfs.volume.anchor import Anchor, find_newest, kept_generations, successors
-from hpkvfs.volume.deadlist import Dead, DeadList, read_page
+from hpkvfs.volume.deadlist import (
+    INLINE_ENTRIES,
+    INLINE_HELD,
+    INLINE_PAGES,
+    Dead,
+    DeadList,
+    read_page,
+)
+from hpkvfs.volume.snapshots import MAX_TABLES
 
 REFS = st.builds(
     lambda number: BlobRef(BlobId(number), hashlib.sha256(str(number).encode()).digest()),
     st.integers(0, 2**62),
 )
 DEAD = st.builds(Dead, REFS, st.integers(0, 2**40).map(Generation))
+LISTS = st.lists(DEAD, max_size=50).map(lambda dead: DeadList(tuple(dead), (), len(dead)))
 ANCHORS = st.builds(
     Anchor,
     generation=st.integers(0, 2**40).map(Generation),
@@ -34,7 +43,11 @@ ANCHORS = st.builds(
     live=st.integers(0, 2**40),
     size=st.integers(0, 2**60),
     files=st.integers(0, 2**40),
-    dead=st.lists(DEAD, max_size=120).map(lambda dead: DeadList(tuple(dead), (), len(dead))),
+    dead=LISTS,
+    tables=st.lists(REFS, max_size=32).map(tuple),
+    horizon=st.integers(0, 2**63).map(BlobId),
+    held=LISTS,
+    held_before=st.integers(0, 2**40),
 )
 
 
@@ -49,14 +62,33 @@ def test_an_anchor_comes_back_as_it_was(anchor: Anchor) -> None:
 def test_a_damaged_anchor_raises_what_is_declared(anchor: Anchor, place: int, flip: int) -> None:
     payload = bytearray(anchor.encode())
     payload[place] ^= flip
-    with suppress(CorruptBlob, NewerFormat):
+    with suppress(CorruptBlob, VaultError):
         Anchor.decode(bytes(payload))
 
 
-def test_a_newer_format_is_named() -> None:
-    payload = bytes([0, 0, 0, 2, 0x91, 2]).ljust(PAYLOAD_SIZE, b"\0")
-    with pytest.raises(NewerFormat, match="format 2"):
+@pytest.mark.parametrize(
+    ("version", "error", "said"),
+    [(3, NewerFormat, "format 3, newer"), (1, VaultError, "format 1, older")],
+)
+def test_another_format_is_named(version: int, error: type[VaultError], said: str) -> None:
+    payload = bytes([0, 0, 0, 2, 0x91, version]).ljust(PAYLOAD_SIZE, b"\0")
+    with pytest.raises(error, match=said):
         Anchor.decode(payload)
+
+
+def test_the_fullest_anchor_fits_its_blob() -> None:
+    """The lists spill before they can crowd an anchor, whatever else is in it."""
+    ref = BlobRef(BlobId(2**64 - 1), bytes(32))
+    most = Generation(2**32 - 1)
+    dead, held = (
+        DeadList((Dead(ref, most),) * inline, ((ref,) * INLINE_PAGES,) * 4, 2**40)
+        for inline in (INLINE_ENTRIES, INLINE_HELD)
+    )
+    kept = (ref,) * len(kept_generations(most))
+    big, tables = 2**63 - 1, (ref,) * MAX_TABLES
+    anchor = Anchor(most, b"w" * 8, big, big, ref, kept, BlobId(big), big, big, big, big, dead,
+                    tables, BlobId(big), held, big)  # fmt: skip
+    assert Anchor.decode(anchor.encode()) == anchor
 
 
 def _search(stored: Iterable[int], floor: int | None = None) -> tuple[int | None, int, int]:
