@@ -47,7 +47,13 @@ _BUILDING: Final = Lock()
 _POINTER: Final = int(_ffi.sizeof("void *"))
 _LANES: Final = 32 * _POINTER
 _RAW_SIZE: Final = int(_ffi.sizeof("secp256k1_pubkey"))
-# Types are looked up once, not by name for each of the dozens of points in a proof.
+# Types and functions are looked up once, not by name for each of the dozens of points in a proof.
+_new: Final[Any] = _ffi.new
+_combine: Final[Any] = _lib.secp256k1_ec_pubkey_combine
+_ecdh: Final[Any] = _lib.secp256k1_ecdh
+_parse: Final[Any] = _lib.secp256k1_ec_pubkey_parse
+_serialize: Final[Any] = _lib.secp256k1_ec_pubkey_serialize
+_tweak_mul: Final[Any] = _lib.secp256k1_ec_pubkey_tweak_mul
 _KEY: Final[Any] = _ffi.typeof("secp256k1_pubkey *")
 _KEYS: Final[Any] = _ffi.typeof("secp256k1_pubkey *[]")
 _BYTES: Final[Any] = _ffi.typeof("unsigned char []")
@@ -126,8 +132,8 @@ class Point:
         """From 33 compressed bytes; Malformed unless they are a finite point of the curve."""
         if len(encoded) != POINT_SIZE:
             raise Malformed(f"a point has {POINT_SIZE} bytes, not {len(encoded)}")
-        raw = _ffi.new(_KEY)
-        if not _lib.secp256k1_ec_pubkey_parse(_CONTEXT, raw, bytes(encoded), POINT_SIZE):
+        raw = _new(_KEY)
+        if not _parse(_CONTEXT, raw, bytes(encoded), POINT_SIZE):
             raise Malformed("not a point of secp256k1")
         return cls(raw)
 
@@ -136,7 +142,7 @@ class Point:
         return encode_points((self,))
 
     def __neg__(self) -> Point:
-        raw = _ffi.new(_KEY, self._raw[0])
+        raw = _new(_KEY, self._raw[0])
         _lib.secp256k1_ec_pubkey_negate(_CONTEXT, raw)
         return Point(raw)
 
@@ -153,11 +159,11 @@ class Point:
 def encode_points(points: Iterable[Point]) -> bytes:
     """Their encodings, one after the other."""
     keys = [point._raw for point in points]
-    out = _ffi.new(_BYTES, POINT_SIZE * len(keys))
-    size = _ffi.new(_SIZE, POINT_SIZE)
+    out = _new(_BYTES, POINT_SIZE * len(keys))
+    size = _new(_SIZE, POINT_SIZE)
     for place, key in enumerate(keys):
         start = out + POINT_SIZE * place
-        _lib.secp256k1_ec_pubkey_serialize(_CONTEXT, start, size, key, _COMPRESSED)
+        _serialize(_CONTEXT, start, size, key, _COMPRESSED)
     encoded: bytes = _ffi.buffer(out)[:]
     return encoded
 
@@ -240,15 +246,15 @@ def _fill(room: memoryview, base: Point) -> int:
 def _fill_row(row: Any, base: Point) -> Point:
     """Write (2b - 255) base for b = 0..255; return 256 base."""
     twice = add(base, base)
-    pair = _ffi.new("secp256k1_pubkey *[2]", [row, twice._raw])
+    pair = _new("secp256k1_pubkey *[2]", [row, twice._raw])
     row[128] = base._raw[0]
     for b in range(129, 256):
         pair[0] = row + b - 1
-        _lib.secp256k1_ec_pubkey_combine(_CONTEXT, row + b, pair, 2)
+        _combine(_CONTEXT, row + b, pair, 2)
     for b in range(128):
         row[b] = row[255 - b]
         _lib.secp256k1_ec_pubkey_negate(_CONTEXT, row + b)
-    last = Point(_ffi.new(_KEY, row[255]))
+    last = Point(_new(_KEY, row[255]))
     return add(last, base)
 
 
@@ -257,8 +263,8 @@ def _sum(keys: Any) -> Point:
     count = len(keys)
     if not count:  # libsecp256k1 would abort the process
         raise Infinity("an empty sum")
-    raw = _ffi.new(_KEY)
-    if not _lib.secp256k1_ec_pubkey_combine(_CONTEXT, raw, keys, count):
+    raw = _new(_KEY)
+    if not _combine(_CONTEXT, raw, keys, count):
         raise Infinity("the sum is the point at infinity")
     return Point(raw)
 
@@ -270,9 +276,9 @@ def add(*points: Point) -> Point:
 
 def multiply(point: Point, scalar: int) -> Point:
     """scalar * point in variable time; Infinity for scalar 0 mod n."""
-    raw = _ffi.new(_KEY, point._raw[0])
+    raw = _new(_KEY, point._raw[0])
     encoded = (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")
-    if not _lib.secp256k1_ec_pubkey_tweak_mul(_CONTEXT, raw, encoded):
+    if not _tweak_mul(_CONTEXT, raw, encoded):
         raise Infinity("a product with zero")
     return Point(raw)
 
@@ -288,7 +294,7 @@ def multiexp(terms: Iterable[Term], *points: Point) -> Point:
     if not fixed:
         return _sum(keys)
     if keys:
-        fixed.append(_ffi.buffer(_ffi.new(_KEYS, keys))[:])
+        fixed.append(_ffi.buffer(_new(_KEYS, keys))[:])
     return _sum(_ffi.from_buffer(_KEYS, b"".join(fixed)))
 
 
@@ -309,11 +315,11 @@ def multiply_secret(base: Base, scalar: int) -> Point:
     encoded = (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")
     if encoded == _ZERO:
         raise Infinity("a product with zero")
-    whole = _ffi.new(_BYTES, 65)
-    if not _lib.secp256k1_ecdh(_CONTEXT, whole, point._raw, encoded, _whole_point, _ffi.NULL):
+    whole = _new(_BYTES, 65)
+    if not _ecdh(_CONTEXT, whole, point._raw, encoded, _whole_point, _ffi.NULL):
         raise RuntimeError("a product was interrupted")  # never the other side's fault
-    raw = _ffi.new(_KEY)
-    _lib.secp256k1_ec_pubkey_parse(_CONTEXT, raw, whole, 65)
+    raw = _new(_KEY)
+    _parse(_CONTEXT, raw, whole, 65)
     return Point(raw)
 
 
@@ -324,7 +330,7 @@ def multiexp_secret(terms: Iterable[Term], *points: Point) -> Point:
 
 def generator_multiple(scalar: int) -> Point:
     """scalar * G in constant time (libsecp256k1's blinded table); Infinity for 0 mod n."""
-    raw = _ffi.new(_KEY)
+    raw = _new(_KEY)
     encoded = (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")
     if not _lib.secp256k1_ec_pubkey_create(_CONTEXT, raw, encoded):
         raise Infinity("a product with zero")
@@ -387,12 +393,12 @@ class SigningKey:
     def __init__(self, secret: bytes) -> None:
         """Of 32 bytes; ValueError if they are 0 or at least the group's order."""
         self._secret = bytes(secret)
-        self._keypair = _ffi.new("secp256k1_keypair *")
+        self._keypair = _new("secp256k1_keypair *")
         if len(secret) != SCALAR_SIZE or not _lib.secp256k1_keypair_create(
             _CONTEXT, self._keypair, self._secret
         ):
             raise ValueError("not a private key of secp256k1")
-        raw = _ffi.new(_KEY)
+        raw = _new(_KEY)
         _lib.secp256k1_keypair_pub(_CONTEXT, raw, self._keypair)
         self.public: Final = Point(raw).encode()
         """33 bytes, compressed: the storage key of a blob."""
@@ -401,7 +407,7 @@ class SigningKey:
         """64-byte BIP340 signature of a 32-byte digest; deterministic (auxiliary 0)."""
         if len(digest) != 32:
             raise ValueError(f"a digest has 32 bytes, not {len(digest)}")
-        signature = _ffi.new("unsigned char [64]")
+        signature = _new("unsigned char [64]")
         if not _lib.secp256k1_schnorrsig_sign32(
             _CONTEXT, signature, bytes(digest), self._keypair, _ffi.NULL
         ):
@@ -414,8 +420,8 @@ class SigningKey:
         Constant time; Malformed for an invalid key. a.shared(b.public) == b.shared(a.public).
         """
         other = Point.decode(public)
-        out = _ffi.new("unsigned char [32]")
-        if not _lib.secp256k1_ecdh(_CONTEXT, out, other._raw, self._secret, _ffi.NULL, _ffi.NULL):
+        out = _new("unsigned char [32]")
+        if not _ecdh(_CONTEXT, out, other._raw, self._secret, _ffi.NULL, _ffi.NULL):
             raise ValueError("libsecp256k1 refused to agree on a secret")
         return bytes(_ffi.buffer(out))
 
@@ -433,7 +439,7 @@ def verify_signature(public: bytes, digest: bytes, signature: bytes) -> bool:
         key = Point.decode(public)
     except Malformed:
         return False
-    x_only = _ffi.new("secp256k1_xonly_pubkey *")
+    x_only = _new("secp256k1_xonly_pubkey *")
     _lib.secp256k1_xonly_pubkey_from_pubkey(_CONTEXT, x_only, _ffi.NULL, key._raw)
     return bool(
         _lib.secp256k1_schnorrsig_verify(_CONTEXT, bytes(signature), bytes(digest), 32, x_only)

@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from functools import lru_cache
 from typing import Final
 
 from hpkvfs.protocol.group import short_scalar, split
 
 _DATA: Final = struct.Struct(">I")
 _SHORT: Final = 16
+
+
+@lru_cache(maxsize=64)
+def _name(label: str) -> bytes:
+    name = label.encode("ascii")
+    return bytes([len(name)]) + name
 
 
 class Transcript:
@@ -29,8 +36,7 @@ class Transcript:
 
     def append(self, label: str, data: bytes) -> None:
         """Add a field; the label has at most 255 ASCII bytes."""
-        name = label.encode("ascii")
-        self._hash.update(bytes([len(name)]) + name + _DATA.pack(len(data)) + data)
+        self._hash.update(_name(label) + _DATA.pack(len(data)) + data)
 
     def digest(self) -> bytes:
         """SHA-512 of all fields so far: 64 bytes."""
