@@ -2,7 +2,8 @@
 
 The same frame is sent again, each time on a new connection, until a reply comes or patience
 ends: the server recognises a request it has performed and answers as it did then. Pauses double
-and are drawn at random, so that many clients do not come back together.
+and are drawn at random, so that many clients do not come back together; a server that is busy
+says how long to stay away at least.
 """
 
 from __future__ import annotations
@@ -39,28 +40,31 @@ class Line:
         end = trio.current_time() + self.patience
         sent, pause = False, FIRST_PAUSE
         while True:
+            wait = 0.0
             try:
-                return await self._once(frame, end - trio.current_time())
-            except NoReply as failure:
-                sent = sent or failure.sent
-                pause = min(2 * pause, LONGEST_PAUSE)
-                wait = pause * self._fraction()
-                if trio.current_time() + wait >= end:
-                    raise NoReply(failure.message, failure.hint, sent=sent) from failure
-                await trio.sleep(wait)
+                reply = await self._once(frame, end - trio.current_time())
+                if not isinstance(reply, Refused) or reply.reason not in _NOT_NOW:
+                    return reply
+                wait = reply.retry_after
+                failure = NoReply("the server is too busy to answer", "try again later", sent=True)
+            except NoReply as error:
+                failure = error
+            sent = sent or failure.sent
+            pause = min(2 * pause, LONGEST_PAUSE)
+            wait += pause * self._fraction()
+            if trio.current_time() + wait >= end:
+                raise NoReply(failure.message, failure.hint, sent=sent) from failure
+            await trio.sleep(wait)
 
     async def _once(self, frame: bytes, seconds: float) -> Reply:
         answer = await exchange(self.dialer, frame, min(max(seconds, 0), EXCHANGE_SECONDS))
         try:
-            reply = decode_reply(answer)
+            return decode_reply(answer)
         except Malformed as error:
             raise Misbehaviour(
                 f"the server's answer cannot be read: {error}",
                 "nothing is lost; is it a server for hpkvfs?",
             ) from error
-        if isinstance(reply, Refused) and reply.reason in _NOT_NOW:
-            raise NoReply("the server is too busy to answer", "try again later", sent=True)
-        return reply
 
     def _fraction(self) -> float:
         """Uniform in [1/2, 1)."""

@@ -38,6 +38,7 @@ MAX_CREDENTIALS: Final = 2_000
 MAX_ISSUED: Final = 500
 MAX_PARAMETERS: Final = 9_000
 MAX_EPOCHS: Final = 200
+MAX_RETRY_AFTER: Final = 3_600
 MAX_DELTA: Final = AMOUNT_LIMIT - 1
 MAX_COUNTER: Final = 2**63 - 1
 UNOPENED: Final = bytes(DIGEST_SIZE)
@@ -422,16 +423,17 @@ _stored_fact_fields = codec.fields(_digest, _fact, _issued)
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Nothing was performed and nothing spent."""
+    """Nothing was performed and nothing spent; ask again after `retry_after` seconds, if at all."""
 
     _kind: ClassVar = 0
-    _read: ClassVar = codec.fields(_reason)
+    _read: ClassVar = codec.fields(_reason, integer(0, MAX_RETRY_AFTER))
 
     reason: Reason
+    retry_after: int = 0
 
     def encode(self) -> bytes:
         """The frame to send: REPLY_SIZE bytes."""
-        return _reply(self._kind, self.reason)
+        return _reply(self._kind, self.reason, self.retry_after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,8 @@ entry = {entry}              # a breakglass entry; a byte of it at least 10 time
 entry_hours = {entry_hours}       # how long it can be opened after it was first opened
 
 [limits]
-connections = {connections}      # at a time
+connections = {connections}      # at a time, of each worker
+queue = {queue}            # requests in work at a time; whoever comes then is told "busy"
 seconds = {seconds}            # for a request to arrive, and for a reply to leave
 stop_seconds = {stop_seconds}       # for the last answers when the server is stopped
 """
@@ -119,7 +120,11 @@ def _config(table: dict[str, Any]) -> Config:
     address(config.listen)
     if config.workers < 0 or config.max_gib < 0:
         raise ConfigError("workers and max_gib cannot be negative")
-    if config.reserve_mib < 0 or config.limits.connections < 1 or config.limits.seconds <= 0:
+    if (
+        config.reserve_mib < 0
+        or min(config.limits.connections, config.limits.queue) < 1
+        or config.limits.seconds <= 0
+    ):
         raise ConfigError("reserve_mib cannot be negative, nor any limit zero")
     return config
 

@@ -1,8 +1,9 @@
 """One request in, one reply out.
 
-Cheap before costly: what can be refused for its bytes, for what the ledger knows already, or
-for a signature, is refused before the proof is verified (over a millisecond, most of the cost
-of a request). Then the credentials are issued, and one ledger transaction decides. Nothing
+Cheap before costly: with too much in work already, a request is not even decoded. What can be
+refused for its bytes, for what the ledger knows already, or for a signature, is refused before
+the proof is verified (over a millisecond, most of the cost of a request). Then the credentials
+are issued, and one ledger transaction decides. Nothing
 before that transaction changes anything, so a refusal at any step spends nothing.
 
 The amount a request moves comes from its operation and the epoch's tariff, or from the voucher
@@ -66,6 +67,9 @@ from hpkvfs.protocol.tariff import Tariff
 from hpkvfs.protocol.voucher import voucher_digest
 
 SECONDS_PER_HOUR: Final = 3_600
+RETRY_AFTER: Final = 2
+_BUSY: Final = Refused(Reason.BUSY, RETRY_AFTER)
+_BUSY_FRAME: Final = _BUSY.encode()
 
 
 class Handler:
@@ -77,21 +81,31 @@ class Handler:
         ledger: Ledger,
         clock: Callable[[], float] = time.time,
         meter: Meter | None = None,
+        queue: int = 256,
     ) -> None:
         """`clock`: seconds since 1970; breakglass entries have timers, nothing else has a time.
 
-        `meter` counts what is answered.
+        `meter` counts what is answered. With `queue` requests in work, others are told "busy".
         """
         self._epochs = epochs
         self._ledger = ledger
         self._clock = clock
         self._meter = meter or Meter()
+        self._queue = queue
+        self._working = 0
         self._complaints = Complaints()
 
     async def answer(self, frame: bytes) -> bytes:
         """The reply's frame, whatever the request's bytes are; raises nothing of its own."""
+        if self._working >= self._queue:
+            self._meter.answered(_BUSY, 0.0)
+            return _BUSY_FRAME
         start = time.perf_counter()
-        reply = await self._reply(frame)
+        self._working += 1
+        try:
+            reply = await self._reply(frame)
+        finally:
+            self._working -= 1
         self._meter.answered(reply, time.perf_counter() - start)
         return reply.encode()
 
@@ -103,7 +117,7 @@ class Handler:
         except BadProof:
             return Refused(Reason.BAD_PROOF)
         except LedgerBusy:
-            return Refused(Reason.BUSY)
+            return _BUSY
         except LedgerFull:
             return Refused(Reason.FULL)
         except LedgerError:

@@ -25,9 +25,14 @@ PAUSE_SECONDS: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Connections at a time; seconds for a request to arrive, and for a reply to leave."""
+    """Of each process: connections at a time, requests in work at a time; seconds for a request
+    to arrive, and for a reply to leave.
+
+    Connections beyond the first limit wait; requests beyond the second are refused as busy.
+    """
 
     connections: int = 512
+    queue: int = 256
     seconds: float = 60.0
     stop_seconds: float = 10.0
 

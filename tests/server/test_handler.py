@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
+from hpkvd.handler import RETRY_AFTER, Handler
 from hpkvd.ledger import LedgerBusy, LedgerError, LedgerFull, Transaction, Verdict
 from hpkvfs.protocol import codec
 from hpkvfs.protocol.epoch import EpochParameters
@@ -390,6 +392,37 @@ async def test_what_cannot_be_written_is_not_spent_and_reading_goes_on(
     assert isinstance(await server.ask(ParametersRequest()), Parameters)
     server.handler._ledger = sound
     await perform(server, purse, purchase)
+
+
+async def test_with_too_much_in_work_others_are_told_when_to_come_back(
+    server: LocalServer, purse: Purse
+) -> None:
+    """Before their bytes are looked at, and only as long as it lasts."""
+    handler = Handler(server.handler._epochs, server.ledger, queue=2)
+    crowded = replace(server, handler=handler)
+    release, sound = trio.Event(), server.ledger.apply
+
+    class Slow(Failing):
+        async def apply(self, transaction: Transaction) -> Verdict:
+            await release.wait()
+            return await sound(transaction)
+
+    handler._ledger = Slow(server, LedgerError(""))
+    purchases = [purse.insert(new_key().public, new_blob()) for _ in range(2)]
+    replies: list[Reply] = []
+
+    async def ask(frame: bytes) -> None:
+        replies.append(await crowded.ask(frame))
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            for purchase in purchases:
+                nursery.start_soon(ask, purchase.frame)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert await crowded.ask(b"noise") == Refused(Reason.BUSY, RETRY_AFTER)
+            release.set()
+    assert all(isinstance(reply, Done) for reply in replies)
+    assert await crowded.ask(b"noise") == Refused(Reason.MALFORMED)
 
 
 async def test_when_room_runs_out_insertions_are_refused_and_the_rest_goes_on(

@@ -181,7 +181,7 @@ async def _answer(
     try:
         with custody.in_use(ledger_url(data, config, url)):
             async with ledger.serving():
-                handler = Handler(load_epochs(data), ledger, meter=meter)
+                handler = Handler(load_epochs(data), ledger, meter=meter, queue=config.limits.queue)
                 await serving.answer(sockets, handler, config.limits, stop, ready)
     finally:
         ledger.close()
