@@ -2,8 +2,9 @@
 
 The child is `hpkvfs ... mount --foreground --ready-fd N`, in a session of its own, with its
 messages going to the log in the state directory. Through descriptor N it says, in lines of
-JSON, {"notice": TEXT} any number of times, then {"ready": true} or {"error": {...}}. The
-password goes through another pipe, since arguments and environment can be seen by others.
+JSON, {"notice": TEXT} and {"phase": TEXT} any number of times, then {"ready": true} or
+{"error": {...}}. The password goes through another pipe, since arguments and environment can
+be seen by others.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class Herald:
     def notice(self, text: str) -> None:
         """Something the user should know."""
         self._tell({"notice": text})
+
+    def phase(self, text: str) -> None:
+        """How far it got, to be shown until something else is."""
+        self._tell({"phase": text})
 
     def ready(self) -> None:
         """The filesystem is mounted."""
@@ -63,6 +68,7 @@ def start(
     password: str | None,
     log: Path,
     notice: Callable[[str], None],
+    phase: Callable[[str], None],
 ) -> int:
     """Run `hpkvfs ARGUMENTS -- DIRECTORY` until it is mounted; its process id.
 
@@ -88,7 +94,7 @@ def start(
             os.close(fd)
         with os.fdopen(told, "rb") as lines:
             for line in lines:
-                if _is_ready(json.loads(line), notice):
+                if _is_ready(json.loads(line), notice, phase):
                     return child.pid
     except BaseException:
         child.terminate()
@@ -96,11 +102,15 @@ def start(
     raise HpkvError("the mounting process ended without a word", f"see {log}")
 
 
-def _is_ready(message: dict[str, Any], notice: Callable[[str], None]) -> bool:
+def _is_ready(
+    message: dict[str, Any], notice: Callable[[str], None], phase: Callable[[str], None]
+) -> bool:
     if "error" in message:
         raise decode_error(message["error"])
     if "notice" in message:
         notice(message["notice"])
+    if "phase" in message:
+        phase(message["phase"])
     return "ready" in message
 
 

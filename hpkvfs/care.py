@@ -8,7 +8,7 @@ import click
 
 from hpkvfs import ui
 from hpkvfs.errors import VaultError
-from hpkvfs.settings import Result, Settings, json_option, pass_settings, show
+from hpkvfs.settings import Result, Settings, json_option, pass_settings, show, spread_option
 
 
 @click.command(epilog="Examples: hpkvfs status;  hpkvfs status --json | jq .unpublished_bytes")
@@ -22,12 +22,19 @@ def status(settings: Settings, as_json: bool) -> None:
     show(result, as_json, lambda r: ui.status(r, str(settings.path), server))
 
 
-@click.command(epilog="Examples: hpkvfs gc;  hpkvfs gc --json | jq .gained")
+@click.command(
+    epilog="Examples: hpkvfs gc;  hpkvfs gc --spread 7200;  hpkvfs gc --json | jq .gained"
+)
+@spread_option
 @json_option
 @pass_settings
-def gc(settings: Settings, as_json: bool) -> None:
-    """Delete what is no longer needed at the server, for tokens."""
-    result = settings.perform("gc", {}, "deleting")
+def gc(settings: Settings, spread: float, as_json: bool) -> None:
+    """Delete what is no longer needed at the server, for tokens.
+
+    Blobs deleted together belong together. With --spread they are deleted at random times, so
+    that others' deletions come in between.
+    """
+    result = settings.perform("gc", {"spread": spread}, "deleting")
     show(
         result,
         as_json,

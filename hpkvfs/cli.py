@@ -31,6 +31,7 @@ from hpkvfs.settings import (
     prompt,
     read_secret,
     show,
+    spread_option,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +87,22 @@ Completion of commands and options:
     envvar="HPKVFS_INSECURE_DIRECT",
     help="Allow a server elsewhere, which then learns your address.",
 )
+@click.option(
+    "--tor",
+    metavar="auto|own|PORT|PATH",
+    envvar="HPKVFS_TOR",
+    default="auto",
+    show_default=True,
+    help="The tor to reach .onion servers with: one that runs or else our own; our own; the one"
+    " with this control port or socket.",
+)
+@click.option(
+    "--tor-password-file",
+    metavar="FILE",
+    envvar="HPKVFS_TOR_PASSWORD_FILE",
+    type=file_path,
+    help="Read the password of tor's control port here, if it has one.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Tell more on standard error.")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
@@ -97,6 +114,8 @@ def main(
     path: Path,
     password_file: Path | None,
     insecure_direct: bool,
+    tor: str,
+    tor_password_file: Path | None,
     verbose: bool,
 ) -> None:
     """A filesystem on a server that does not know you.
@@ -108,13 +127,19 @@ def main(
         level=logging.DEBUG if verbose else logging.ERROR,
         format="hpkvfs: %(message)s",
     )
-    context.obj = Settings(path.absolute(), password_file, insecure_direct, verbose)
+    context.obj = Settings(
+        path.absolute(), password_file, insecure_direct, verbose, tor, tor_password_file
+    )
 
 
 # -- making and recovering vaults ------------------------------------------------------------
 
 _server = click.option(
-    "--server", metavar="HOST:PORT", default=DEFAULT_SERVER, show_default=True, help="The server."
+    "--server",
+    metavar="ADDRESS",
+    default=DEFAULT_SERVER,
+    show_default=True,
+    help="The server: ....onion, or HOST:PORT on this machine.",
 )
 _passphrase = click.option(
     "--passphrase-file", metavar="FILE", type=file_path, help="Read a BIP39 passphrase here."
@@ -223,7 +248,6 @@ def recover(
     """
     address = settings.address(server)
     from hpkvfs import mount
-    from hpkvfs.net.transport import TcpDialer
     from hpkvfs.volume.keys import VaultKeys
 
     guard_memory()
@@ -232,7 +256,7 @@ def recover(
     voucher = read_secret(voucher_file, "voucher") if voucher_file else None
     state = settings.state
     _create_or_resume(settings, state, keys, server, no_password)
-    vault = mount.Vault(state, keys, TcpDialer(address.host, address.port))
+    vault = settings.vault(keys, address)
     with ui.waiting("looking for the newest generation"):
         result = mount.run(mount.recover, vault, voucher)
     show(result, as_json, _recovered)
@@ -355,8 +379,9 @@ Examples:
               show_default=True, help="Where data is when fsync returns.")  # fmt: skip
 @click.option("--cache-size", type=click.IntRange(min=1), default=1024, metavar="MIB",
               show_default=True, help="Encrypted cache on this disk.")  # fmt: skip
-@click.option("--patience", type=click.FloatRange(min=1), default=20.0, metavar="S",
-              show_default=True, help="Seconds until a read gives up on the server.")  # fmt: skip
+@click.option("--patience", type=click.FloatRange(min=1), metavar="S",
+              show_default="20, over Tor 120", help="Seconds until a read gives up.")  # fmt: skip
+@spread_option
 @click.option("--ready-fd", type=int, hidden=True)
 @click.option("--password-fd", type=int, hidden=True)
 @pass_settings
@@ -369,7 +394,8 @@ def mount_(
     publish_interval: float,
     durability: str,
     cache_size: int,
-    patience: float,
+    patience: float | None,
+    spread: float,
     ready_fd: int | None,
     password_fd: int | None,
 ) -> None:
@@ -383,7 +409,8 @@ def mount_(
         _check_free(settings)
     if not foreground:
         flags = ["--publish-interval", str(publish_interval), "--durability", durability,
-                 "--cache-size", str(cache_size), "--patience", str(patience)]  # fmt: skip
+                 "--cache-size", str(cache_size), "--spread", str(spread)]  # fmt: skip
+        flags += ["--patience", str(patience)] if patience is not None else []
         flags += ["--allow-other"] * allow_other + ["--read-only"] * read_only
         _mount_in_background(settings, directory, flags)
         return
@@ -394,6 +421,7 @@ def mount_(
         remote_durability=durability == "remote",
         cache_bytes=cache_size << 20,
         patience=patience,
+        spread=spread,
     )
     _mount_here(settings, directory, options, allow_other, read_only, ready_fd)
 
@@ -415,10 +443,10 @@ def _mount_in_background(settings: Settings, directory: Path, flags: list[str]) 
     settings.address(settings.state.server)
     password = settings.password(settings.state)
     arguments = ["--state", str(settings.path)]
-    arguments += ["--insecure-direct"] * settings.insecure_direct + ["-v"] * settings.verbose
+    arguments += settings.way_options + ["-v"] * settings.verbose
     arguments += ["mount", "--foreground", *flags]
     with ui.waiting("connecting"):
-        background.start(arguments, directory, password, settings.path / "log", ui.notice)
+        background.start(arguments, directory, password, settings.path / "log", ui.notice, ui.phase)
 
 
 def _mount_here(
@@ -430,6 +458,8 @@ def _mount_here(
     herald = background.Herald(ready_fd) if ready_fd is not None else None
     try:
         _log_to_stderr(settings.verbose)
+        if herald is not None:
+            settings.tell = herald.phase
         vault = settings.open()
         request = mount.Mount(
             directory=directory.absolute(),

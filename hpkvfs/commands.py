@@ -63,8 +63,10 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 class Commands:
     """The commands over one session, by name. Those that change something take turns."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, way: Callable[[], str]) -> None:
+        """`way` says how the server is reached."""
         self.session = session
+        self._way = way
         self.turn = trio.Lock()
         self._timeline = Timeline(session)
         self.is_mounted = False
@@ -98,11 +100,16 @@ class Commands:
         raise UserError(f"there is no command {name!r}", "is the mounted hpkvfs an older one?")
 
     async def _status(self, arguments: Arguments, progress: Progress) -> Result:
-        return self.session.status()
+        return {**self.session.status(), "way": self._way()}
 
     async def _balance(self, arguments: Arguments, progress: Progress) -> Result:
         balance = self.session.store.balance
-        return {"held": balance.held, "pending": balance.pending, "total": balance.total}
+        return {
+            "held": balance.held,
+            "pending": balance.pending,
+            "total": balance.total,
+            "way": self._way(),
+        }
 
     async def _sync(self, arguments: Arguments, progress: Progress) -> Result:
         await self.session.publish(progress)

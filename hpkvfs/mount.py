@@ -22,7 +22,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -45,7 +45,7 @@ from hpkvfs.errors import (
 from hpkvfs.fs.backend import Backend
 from hpkvfs.fs.shelf import SNAPSHOTS_NAME
 from hpkvfs.keep import Policy
-from hpkvfs.net.transport import Dialer
+from hpkvfs.net.transport import Way
 from hpkvfs.session import Options, Session, open_session
 from hpkvfs.state import StateDirectory
 from hpkvfs.timeline import SnapshotBackend, Timeline, is_name_taken
@@ -57,7 +57,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PROBE_SECONDS: Final = 5.0
 STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NEEDS_NO_TREE: Final = ("status", "balance", "redeem", "keepalive")
 ENOUGH: Final = 200
@@ -65,11 +64,12 @@ ENOUGH: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class Vault:
-    """A vault on this machine, its keys, and the way to its server."""
+    """A vault on this machine, its keys, the way to its server and who that is (32 bytes)."""
 
     state: StateDirectory
     keys: VaultKeys
-    dialer: Dialer
+    way: Way
+    identity: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +100,22 @@ def run(function: Callable[..., Awaitable[T]], *args: Any) -> T:
 @asynccontextmanager
 async def opened(vault: Vault, options: Options) -> AsyncIterator[Session]:
     """The vault, from local state alone; AlreadyInUse, VaultError."""
-    async with open_session(
-        vault.state,
-        vault.keys,
-        vault.dialer,
-        options,
-        clock=time.time_ns,
-        rng=secrets.token_bytes,
-        uid=os.getuid(),
-        gid=os.getgid(),
-    ) as session:
+    if options.patience is None:
+        options = replace(options, patience=vault.way.patience)
+    async with (
+        vault.way.running(),
+        open_session(
+            vault.state,
+            vault.keys,
+            vault.way,
+            options,
+            identity=vault.identity,
+            clock=time.time_ns,
+            rng=secrets.token_bytes,
+            uid=os.getuid(),
+            gid=os.getgid(),
+        ) as session,
+    ):
         yield session
 
 
@@ -123,12 +129,12 @@ def _is_lost(vault: Vault, session: Session) -> bool:
 
 async def perform(vault: Vault, name: str, arguments: Arguments, progress: Progress) -> Result:
     """Open the vault for one command; AlreadyInUse, and what the command raises."""
-    async with opened(vault, Options(patience=10.0)) as session:
+    async with opened(vault, Options(patience=vault.way.patience / 2)) as session:
         if name not in NEEDS_NO_TREE:
-            await _probe(vault.dialer)
+            await vault.way.probe()
             if _is_lost(vault, session):
                 await session.recover()
-        return await Commands(session).run(name, arguments, progress)
+        return await Commands(session, vault.way.describe).run(name, arguments, progress)
 
 
 async def recover(vault: Vault, voucher: str | None) -> Result:
@@ -143,7 +149,7 @@ async def recover(vault: Vault, voucher: str | None) -> Result:
             raise UserError(
                 f"the vault in {vault.state.path} is here already", "mount it with hpkvfs mount"
             )
-        await _probe(vault.dialer)
+        await vault.way.probe()
         await session.connect()
         found = await session.breakglass.recover()
         if voucher is not None and not session.store.balance.total:
@@ -224,7 +230,7 @@ class MountedCommands(Commands):
     """Commands of a mounted vault: also those that need to know where it is mounted."""
 
     def __init__(self, session: Session, vault: Vault, request: Mount) -> None:
-        super().__init__(session)
+        super().__init__(session, vault.way.describe)
         self._vault = vault
         self._request = request
         self._free["status"] = self._mounted_status
@@ -238,7 +244,7 @@ class MountedCommands(Commands):
 
     async def _mounted_status(self, arguments: Arguments, progress: Progress) -> Result:
         return {
-            **self.session.status(),
+            **await self._status(arguments, progress),
             "mounted": str(self._request.directory),
             "read_only": self._request.read_only,
             "pid": os.getpid(),
@@ -247,7 +253,7 @@ class MountedCommands(Commands):
     async def _unmount(self, arguments: Arguments, progress: Progress) -> Result:
         """Publish while the filesystem still answers, then unmount, then the rest."""
         self._report = progress
-        if not await _is_pointless(self.session, self._vault.dialer):
+        if not await _is_pointless(self.session, self._vault.way):
             try:
                 await self.session.publish(progress)
             except HpkvError as error:
@@ -265,7 +271,7 @@ class MountedCommands(Commands):
 
     async def finish(self) -> None:
         """Publish what is left after unmounting, and say what could not be."""
-        trouble = await _finish(self.session, self._vault.dialer, lambda d, t: self._report(d, t))
+        trouble = await _finish(self.session, self._vault.way, lambda d, t: self._report(d, t))
         left = self.session.fs.totals().dirty if trouble else 0
         self._outcome = {"trouble": trouble, "unpublished_bytes": left}
         if trouble:
@@ -315,7 +321,7 @@ async def _start(vault: Vault, session: Session, request: Mount) -> None:
         await session.recover()
         return
     try:
-        await _probe(vault.dialer)
+        await vault.way.probe()
         await session.connect()
     except (SecondWriter, Misbehaviour) as error:
         if not request.read_only:
@@ -330,19 +336,6 @@ _TAKEN: Final = (
     f"the vault has a file {SNAPSHOTS_NAME.decode()!r} of its own, which hides the snapshots;"
     " rename it, or mount one with --snapshot"
 )
-_IS_IT_THERE: Final = "is it running? nothing is lost; try again later"
-
-
-async def _probe(dialer: Dialer) -> None:
-    """Unreachable, without the patience that a request has."""
-    try:
-        with trio.fail_after(PROBE_SECONDS):
-            await trio.aclose_forcefully(await dialer.dial())
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise Unreachable(f"the server cannot be reached: {reason}", _IS_IT_THERE) from None
-    except trio.TooSlowError:
-        raise Unreachable(f"no answer in {PROBE_SECONDS:g} seconds", _IS_IT_THERE) from None
 
 
 async def _serve(
@@ -400,10 +393,10 @@ async def _unless_told_again(function: Callable[[], Awaitable[None]]) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def _finish(session: Session, dialer: Dialer, progress: Progress) -> str | None:
+async def _finish(session: Session, way: Way, progress: Progress) -> str | None:
     """Publish what is left; why it could not be, or None."""
     try:
-        if await _is_pointless(session, dialer):
+        if await _is_pointless(session, way):
             return session.trouble if session.publisher.pending else None
         await session.finish(progress)
     except HpkvError as error:
@@ -411,12 +404,12 @@ async def _finish(session: Session, dialer: Dialer, progress: Progress) -> str |
     return None
 
 
-async def _is_pointless(session: Session, dialer: Dialer) -> bool:
+async def _is_pointless(session: Session, way: Way) -> bool:
     """Whether the server was away lately, and still is."""
     if session.trouble is None:
         return False
     try:
-        await _probe(dialer)
+        await way.probe()
     except Unreachable:
         return True
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
@@ -32,3 +33,40 @@ async def each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once
             nursery.start_soon(worker)
     if failures:
         raise failures[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """Does things in an order, and at moments, drawn at random, so that these tell nothing.
+
+    uniform: draws from [0, 1); seconds: over which the beginnings are spread.
+    """
+
+    uniform: Callable[[], float]
+    seconds: float = 0.0
+
+    async def each(
+        self, items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int
+    ) -> None:
+        """As `each`; after a failure nobody waits for his moment any more."""
+        start, failed = trio.current_time(), trio.Event()
+
+        async def in_time(drawn: tuple[float, T]) -> None:
+            moment, item = drawn
+            with trio.move_on_at(start + moment * self.seconds):
+                await failed.wait()
+            if failed.is_set():
+                return
+            try:
+                await work(item)
+            except BaseException:
+                failed.set()
+                raise
+
+        drawn = [(self.uniform(), item) for item in items]
+        drawn.sort(key=lambda one: one[0])
+        await each(drawn, in_time, at_once)
+
+
+IN_ORDER = Scatter(lambda: 0.0)
+"""As given and at once: for tests that want to be repeated exactly."""

@@ -34,8 +34,8 @@ from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.fs.shelf import Shelf
 from hpkvfs.net.cache import BlobCache
 from hpkvfs.net.store import RemoteStore
-from hpkvfs.net.transport import Dialer
-from hpkvfs.parallel import each
+from hpkvfs.net.transport import PATIENCE_SECONDS, Dialer
+from hpkvfs.parallel import Scatter, each
 from hpkvfs.protocol.tariff import Operation, Tariff
 from hpkvfs.state import StateDirectory
 from hpkvfs.types import (
@@ -74,8 +74,9 @@ class Options:
 
     publish_interval: seconds between generations while something changes; remote_durability:
     fsync waits for the server; dirty_limit: bytes that may wait to be published;
-    publish_at: dirty bytes that are published without waiting for the interval;
-    snapshots_shown: they are readable under `.snapshots` in the root directory.
+    publish_at: dirty bytes that are published without waiting for the interval; patience:
+    seconds to try each request; spread: seconds over which each step of a publication is drawn
+    out; snapshots_shown: they are readable under `.snapshots` in the root directory.
     """
 
     publish_interval: float = 10.0
@@ -83,7 +84,8 @@ class Options:
     cache_bytes: int = 1024 * MIB
     dirty_limit: int = 256 * MIB
     publish_at: int = 32 * MIB
-    patience: float = 20.0
+    patience: float | None = None
+    spread: float = 0.0
     snapshots_shown: bool = True
 
 
@@ -126,7 +128,9 @@ class Session:
         self._tariff = Tariff()
         self.offline_because: HpkvError | None = None
         next_id = volume.known.anchor.next_id if volume.known else BlobId(0)
-        self.publisher = Publisher(volume, fs, self, writer, next_id, clock)
+        self.publisher = Publisher(
+            volume, fs, self, writer, next_id, clock, _scatter(rng, options.spread)
+        )
         self._listing = trio.Lock()
         self._collecting: trio.CancelScope | None = None
 
@@ -552,6 +556,10 @@ class Session:
         return anchor.live + len(anchor.kept) + lists + 1
 
 
+def _scatter(rng: Rng, seconds: float) -> Scatter:
+    return Scatter(lambda: int.from_bytes(rng(8), "big") / 2**64, seconds)
+
+
 def _save_known(journal: Journal, known: Known) -> None:
     row = msgpack.packb([known.ref.encode(), known.anchor.encode().rstrip(b"\0")])
     journal.put_meta(KNOWN, row)
@@ -574,11 +582,13 @@ async def open_session(
     *,
     clock: Clock,
     rng: Rng,
+    identity: bytes | None = None,
     uid: int = 0,
     gid: int = 0,
 ) -> AsyncIterator[Session]:
     """The vault of a state directory, from local state alone; AlreadyInUse, VaultError.
 
+    `identity`: the key (32 bytes) in the server's onion address, if it has one.
     The caller then runs `connect` (before or while using it) and, for anything that lasts,
     `keep_going`.
     """
@@ -588,7 +598,7 @@ async def open_session(
         closing(BlobCache(state.cache, keys.secret("cache"), options.cache_bytes, rng)) as cache,
         closing(RedoLog(state.path, keys.secret("redo"), rng)) as redo,
     ):
-        session = _build(keys, dialer, options, journal, cache, redo, clock, rng)
+        session = _build(keys, dialer, options, journal, cache, redo, clock, rng, identity)
         if session.volume.known is not None or state.is_new:
             with _log_trouble():
                 session.load_local(uid, gid)
@@ -615,8 +625,10 @@ def _build(
     redo: RedoLog,
     clock: Clock,
     rng: Rng,
+    identity: bytes | None,
 ) -> Session:
-    store = RemoteStore(journal, dialer, rng, patience=options.patience)
+    patience = options.patience or PATIENCE_SECONDS
+    store = RemoteStore(journal, dialer, rng, identity=identity, patience=patience)
     volume = Volume(keys, Sealer(keys, rng), store, cache, _load_known(journal))
     writer = journal.meta(_WRITER)
     if writer is None:

@@ -21,7 +21,9 @@ from hpkvfs.errors import HpkvError, UserError
 
 if TYPE_CHECKING:
     from hpkvfs.mount import Vault
+    from hpkvfs.net.transport import Way
     from hpkvfs.state import StateDirectory
+    from hpkvfs.volume.keys import VaultKeys
 
 Result = dict[str, Any]
 
@@ -70,6 +72,9 @@ class Settings:
     password_file: Path | None
     insecure_direct: bool
     verbose: bool
+    tor: str = "auto"
+    tor_password_file: Path | None = None
+    tell: Callable[[str], None] = ui.phase
     password_fd: int | None = None
     new_password: str | None = field(default=None, repr=False)
 
@@ -91,6 +96,15 @@ class Settings:
         address.check_private(self.insecure_direct)
         return address
 
+    @property
+    def way_options(self) -> list[str]:
+        """The options that say how to reach the server, for another process of ours."""
+        options = ["--insecure-direct"] * self.insecure_direct
+        options += ["--tor", self.tor] if self.tor != "auto" else []
+        if self.tor_password_file is not None:
+            options += ["--tor-password-file", str(self.tor_password_file.absolute())]
+        return options
+
     def password(self, state: StateDirectory) -> str | None:
         """The vault's password, asked for if it has one."""
         if not state.needs_password:
@@ -106,14 +120,31 @@ class Settings:
 
     def open(self) -> Vault:
         """The vault, unlocked."""
-        from hpkvfs.mount import Vault
-        from hpkvfs.net.transport import TcpDialer
-
         guard_memory()
         state = self.state
         address = self.address(state.server)
-        keys = state.unlock(self.password(state))
-        return Vault(state, keys, TcpDialer(address.host, address.port))
+        return self.vault(state.unlock(self.password(state)), address)
+
+    def vault(self, keys: VaultKeys, address: Address) -> Vault:
+        """The vault, and the way to its server."""
+        from hpkvfs.mount import Vault
+
+        return Vault(self.state, keys, self._way(address), address.identity)
+
+    def _way(self, address: Address) -> Way:
+        if not address.is_onion:
+            from hpkvfs.net.transport import TcpDialer
+
+            return TcpDialer(address.host, address.port)
+        from secrets import token_bytes
+
+        from hpkvfs.net.circuits import Circuits, TorSettings
+
+        password = None
+        if self.tor_password_file is not None:
+            password = read_secret(self.tor_password_file, "password of tor's control port")
+        settings = TorSettings.parse(self.tor, self.path / "tor", password, self.tell)
+        return Circuits(address, settings, token_bytes)
 
     def perform(self, name: str, arguments: Result, doing: str) -> Result:
         """One command, by the process that has the vault mounted, or else by this one."""
@@ -137,6 +168,14 @@ def default_state() -> Path:
 
 pass_settings = click.make_pass_decorator(Settings)
 file_path = click.Path(path_type=Path, dir_okay=False)
+spread_option = click.option(
+    "--spread",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="S",
+    show_default=True,
+    help="Draw requests out over so many seconds.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 
 

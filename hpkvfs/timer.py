@@ -53,7 +53,7 @@ def units(settings: Settings) -> dict[str, str]:
                 "give --password-file FILE, which it will read, or keep the vault mounted",
             )
         words += ["--password-file", str(settings.password_file.absolute())]
-    words += ["--insecure-direct"] * settings.insecure_direct + ["keepalive"]
+    words += [*settings.way_options, "keepalive"]
     first, *rest = words
     command = " ".join([first, *map(_quoted, rest)])
     name = _name(settings.path)

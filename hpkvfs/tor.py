@@ -15,13 +15,15 @@ Invariants:
   - SOCKS logins and control passwords come in events and go into commands, never into a log:
     stem's logger, which would write them, is kept at warnings, of which ours alone are shown.
 
-stem is threaded: calls that block run in threads; its events come in a thread of its own, which
-is also where circuits are closed. Sources: tor's control-spec, rend-spec-v3; tor(1).
+stem is threaded: calls that block run in threads; its events come in a thread of its own, from
+which nothing is called that might block, or closing the connection would wait for it for ever.
+Sources: tor's control-spec, rend-spec-v3; tor(1).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -29,6 +31,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
@@ -169,9 +172,11 @@ class Tor:
         """Close the circuit of the stream with this SOCKS user name as soon as it is closed."""
         self._expected.add(username)
 
-    def forget(self, username: str) -> None:
-        """No stream with this user name was made."""
-        self._expected.discard(username)
+    async def idle(self) -> None:
+        """Return when the circuits of all streams that were announced are closed."""
+        while self._expected and self.is_up:
+            await trio.sleep(POLL_SECONDS / 10)
+        await trio.lowlevel.checkpoint()
 
     async def publish(self, onion: Onion) -> str:
         """Publish a service, now and whenever tor is started again; `....onion`. TorError.
@@ -195,7 +200,7 @@ class Tor:
             try:
                 async with self._control() as controller:
                     ended = trio.Event()
-                    self._watch(controller, ended)
+                    await self._watch(controller, ended)
                     await self._bootstrapped(controller, ended)
                     await self._come_up(controller)
                     await ended.wait()
@@ -312,30 +317,55 @@ class Tor:
 
     # -- over the control connection ---------------------------------------------------------
 
-    def _watch(self, controller: Controller, ended: trio.Event) -> None:
+    async def _watch(self, controller: Controller, ended: trio.Event) -> None:
         """Learn of the end of the connection and of streams, in stem's threads."""
         from stem.control import State
 
+        idle, doomed = trio.open_memory_channel[tuple[str, str]](math.inf)
+        self._nursery.start_soon(self._close_circuits, controller, doomed)
+
         def status(_: Controller, state: str, __: float) -> None:
             if state == State.CLOSED:
-                with suppress(trio.RunFinishedError):
-                    self._token.run_sync_soon(ended.set)
+                later(ended.set)
+                later(idle.close)
 
         def stream(event: Any) -> None:
-            if event.status == "CLOSED" and event.circ_id:
-                login = _unquoted(event.keyword_args.get("SOCKS_USERNAME", ""))
-                if login in self._expected:
-                    self._expected.discard(login)
-                    controller.msg(f"CLOSECIRCUIT {event.circ_id}")
+            if event.status != "CLOSED":
+                return
+            login = _unquoted(event.keyword_args.get("SOCKS_USERNAME", ""))
+            if login in self._expected:
+                later(partial(idle.send_nowait, (login, event.circ_id or "0")))
 
-        def quietly(event: Any) -> None:
-            with suppress(Exception):  # the connection ended, or tor closed the circuit itself
-                stream(event)
+        def later(function: Callable[[], Any]) -> None:
+            def quietly() -> None:
+                with suppress(trio.ClosedResourceError, trio.BrokenResourceError):
+                    function()
+
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(quietly)
 
         controller.add_status_listener(status, spawn=False)
-        controller.add_event_listener(quietly, "STREAM")
+        await self._in_thread(controller.add_event_listener, stream, "STREAM")
         if not controller.is_alive():
-            ended.set()
+            status(controller, State.CLOSED, 0)
+
+    async def _close_circuits(
+        self, controller: Controller, doomed: trio.MemoryReceiveChannel[tuple[str, str]]
+    ) -> None:
+        """Close circuits as they fall idle, all that there are in one go."""
+
+        def close(circuits: list[tuple[str, str]]) -> None:
+            for _, circuit in circuits:  # one that tor closed already is refused, and no matter
+                controller.msg(f"CLOSECIRCUIT {circuit}")
+
+        async for first in doomed:
+            circuits = [first]
+            with suppress(trio.WouldBlock, trio.EndOfChannel):
+                while True:
+                    circuits.append(doomed.receive_nowait())
+            with suppress(TorError):
+                await self._in_thread(close, circuits)
+            self._expected.difference_update(login for login, _ in circuits)
 
     async def _bootstrapped(self, controller: Controller, ended: trio.Event) -> None:
         while True:

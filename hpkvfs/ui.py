@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,8 @@ def progress(doing: str) -> Iterator[Progress]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(doing, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        with _telling(lambda text: bars.update(task, description=f"{doing} ({text})")):
+            yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 @contextmanager
@@ -39,8 +40,29 @@ def waiting(doing: str) -> Iterator[None]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(doing):
+    with (
+        Console(stderr=True).status(doing) as spinner,
+        _telling(lambda text: spinner.update(f"{doing} ({text})")),
+    ):
         yield
+
+
+_tell: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def _telling(tell: Callable[[str], None]) -> Iterator[None]:
+    _tell.append(tell)
+    try:
+        yield
+    finally:
+        _tell.pop()
+
+
+def phase(text: str) -> None:
+    """Show beside what is going on now how far it got; nothing when nothing is shown."""
+    if _tell:
+        _tell[-1](text)
 
 
 def size(count: int) -> str:
@@ -73,6 +95,7 @@ def status(report: Mapping[str, Any], state: str, server: str) -> str:
         "vault": state,
         "mounted": where,
         "server": f"{server}, {link}" if mounted else server,
+        "reached": report["way"],
         "generation": "none yet" if report["generation"] is None else f"{report['generation']:,}",
         "files": f"{report['files']:,} with {size(report['bytes'])}",
         "at the server": f"{report['blobs_live']:,} blobs, {size(report['bytes_stored'])}"

@@ -18,7 +18,7 @@ import trio
 from hpkvfs.errors import KeyExists, SecondWriter, StoreError
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.view import View
-from hpkvfs.parallel import each
+from hpkvfs.parallel import IN_ORDER, Scatter
 from hpkvfs.types import ANCHOR_BIT, BlobId, BlobRef
 from hpkvfs.volume import gc
 from hpkvfs.volume.commit import Base, Insert, Load, Rewrite, Sealed, Step, Steps, publish
@@ -85,12 +85,15 @@ class Publisher:
         writer: bytes,
         next_id: BlobId,
         clock: Clock,
+        scatter: Scatter = IN_ORDER,
     ) -> None:
+        """`scatter` decides when and in which order the blobs of each step are stored."""
         self._volume = volume
         self._fs = fs
         self._records = records
         self._writer = writer
         self._clock = clock
+        self._scatter = scatter
         self._lock = trio.Lock()
         self._attempt: _Attempt | None = None
         self.next_id = next_id
@@ -226,7 +229,7 @@ class Publisher:
             attempt.stored.add(sealed.ref)
             progress(total - unstored + len(attempt.stored), total)
 
-        await each(todo, store, INSERTS_AT_ONCE)
+        await self._scatter.each(todo, store, INSERTS_AT_ONCE)
 
     async def _store_one(self, sealed: Sealed) -> None:
         ref, store = sealed.ref, self._volume.store

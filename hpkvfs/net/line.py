@@ -26,7 +26,11 @@ _NOT_NOW: Final = (Reason.BUSY, Reason.INTERNAL)
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A way to one server, and how long to try: `patience` seconds for each request."""
+    """A way to one server, and how long to try: `patience` seconds for each request.
+
+    One try may take a quarter of that, since a slow way to the server (Tor) is also one that
+    loses requests; but a server is given EXCHANGE_SECONDS.
+    """
 
     dialer: Dialer
     rng: Callable[[int], bytes]
@@ -57,7 +61,8 @@ class Line:
             await trio.sleep(wait)
 
     async def _once(self, frame: bytes, seconds: float) -> Reply:
-        answer = await exchange(self.dialer, frame, min(max(seconds, 0), EXCHANGE_SECONDS))
+        longest = max(EXCHANGE_SECONDS, self.patience / 4)
+        answer = await exchange(self.dialer, frame, min(max(seconds, 0), longest))
         try:
             return decode_reply(answer)
         except Malformed as error:

@@ -8,7 +8,9 @@ that breaks off is a reply that never came.
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Protocol
@@ -20,6 +22,10 @@ from hpkvfs.errors import Unreachable
 from hpkvfs.protocol.codec import REPLY_SIZE
 
 EXCHANGE_SECONDS: Final = 10.0
+PATIENCE_SECONDS: Final = 20.0
+PROBE_SECONDS: Final = 5.0
+NOTHING_LOST: Final = "nothing is lost; it will be tried again"
+_IS_IT_THERE: Final = "is it running? nothing is lost; try again later"
 
 
 class NoReply(Unreachable):
@@ -38,26 +44,76 @@ class Dialer(Protocol):
         ...
 
 
+class Way(Dialer, Protocol):
+    """A way to the server as a whole vault uses it."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which to give a request up, when nobody says."""
+        ...
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """What makes connections runs in the background of this block; dial inside it only."""
+        ...
+
+    async def probe(self) -> None:
+        """Return if the server can be reached; Unreachable, sooner than a request would."""
+        ...
+
+    def describe(self) -> str:
+        """How the server is reached, for people."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TcpDialer:
-    """A plain TCP connection: for tests, and for servers on the same machine."""
+    """A Way of plain TCP connections: for tests, and for servers on the same machine."""
 
     host: str
     port: int
 
+    @property
+    def patience(self) -> float:
+        """See Way.patience."""
+        return PATIENCE_SECONDS
+
     async def dial(self) -> Stream:
         """See Dialer.dial."""
-        family = _numeric_family(self.host)
-        if family is None:
-            return await trio.open_tcp_stream(self.host, self.port)
-        # Without the name look-up in a thread, which costs more than the rest of an exchange.
-        connection = trio.socket.socket(family, socket.SOCK_STREAM)
+        return await connect_tcp(self.host, self.port)
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """See Way.running."""
+        return nullcontext()
+
+    async def probe(self) -> None:
+        """See Way.probe."""
         try:
-            await connection.connect((self.host, self.port))
-        except BaseException:
-            connection.close()
-            raise
-        return trio.SocketStream(connection)
+            with trio.fail_after(PROBE_SECONDS):
+                await trio.aclose_forcefully(await self.dial())
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise Unreachable(f"the server cannot be reached: {reason}", _IS_IT_THERE) from None
+        except trio.TooSlowError:
+            raise Unreachable(f"no answer in {PROBE_SECONDS:g} seconds", _IS_IT_THERE) from None
+
+    def describe(self) -> str:
+        """See Way.describe."""
+        return "directly"
+
+
+async def connect_tcp(host: str, port: int) -> trio.SocketStream:
+    """A TCP connection; OSError."""
+    family = _numeric_family(host)
+    if family is None:
+        return await trio.open_tcp_stream(host, port)
+    # Without the name look-up in a thread, which costs more than the rest of an exchange.
+    connection = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        await connection.connect((host, port))
+    except BaseException:
+        connection.close()
+        raise
+    return trio.SocketStream(connection)
 
 
 async def exchange(dialer: Dialer, frame: bytes, seconds: float = EXCHANGE_SECONDS) -> bytes:
@@ -76,14 +132,11 @@ async def exchange(dialer: Dialer, frame: bytes, seconds: float = EXCHANGE_SECON
             finally:
                 await stream.aclose()
     except (OSError, trio.BrokenResourceError) as error:
-        raise NoReply(f"the server cannot be reached: {error}", _HINT, sent=sent) from error
+        raise NoReply(f"the server cannot be reached: {error}", NOTHING_LOST, sent=sent) from error
     except trio.TooSlowError as error:
-        raise NoReply(f"no answer in {seconds:g} seconds", _HINT, sent=sent) from error
+        raise NoReply(f"no answer in {seconds:g} seconds", NOTHING_LOST, sent=sent) from error
     except Unreachable as error:
         raise NoReply(error.message, error.hint, sent=sent) from error
-
-
-_HINT: Final = "nothing is lost; it will be tried again"
 
 
 async def _read(stream: Stream, size: int) -> bytes:

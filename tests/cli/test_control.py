@@ -22,7 +22,7 @@ class Double(Commands):
     """Commands without a session."""
 
     def __init__(self) -> None:
-        super().__init__(session=None)  # type: ignore[arg-type]  # none of these needs one
+        super().__init__(None, str)  # type: ignore[arg-type]  # none of these needs a session
         self._free = {"count": self._count, "fail": self._fail, "crash": self._crash}
         self._in_turn = {"group": self._group}
 

@@ -113,10 +113,12 @@ class Namespace:
 _SET_UP: Final = """\
 set -e
 ip link set lo up
-ip route replace local 127.0.0.0/8 dev lo table local proto kernel scope host src 127.0.0.1 quickack 1
+for net in 127.0.0.0/8 127.0.0.1; do
+    ip route replace local $net dev lo table local proto kernel scope host src 127.0.0.1 quickack 1
+done
 echo up
 exec cat
-"""  # noqa: E501
+"""
 
 
 @dataclass

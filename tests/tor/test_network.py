@@ -2,18 +2,150 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import secrets
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pytest
 import trio
 
 from hpkvfs import tor
-from tests.tor.network import Network
+from hpkvfs.address import Address
+from hpkvfs.net.circuits import Circuits, TorSettings
+from hpkvfs.net.transport import exchange
+from hpkvfs.protocol.codec import REQUEST_SIZE
+from tests.mounted.client import eventually, tree
+from tests.tor.network import Namespace, Network
+from tests.tor.parties import OnionClient, OnionServer, Saboteur, echo
+
+NOWHERE = Path("/nonexistent")
+REQUESTS = 40
+
+
+# -- one circuit for each request, seen from both sides ----------------------------------------
+
+
+@dataclass
+class Witness:
+    """What the control ports of client and service tell."""
+
+    streams: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    logins: dict[str, str] = field(default_factory=dict)
+    joined: set[str] = field(default_factory=set)
+
+    @property
+    def circuits(self) -> set[str]:
+        """The client's circuits that carried streams."""
+        return {circuit for circuits in self.streams.values() for circuit in circuits}
+
+    def see_stream(self, event: Any) -> None:
+        if event.target_address.endswith(".onion") and event.circ_id:
+            self.streams[event.id].add(event.circ_id)
+            self.logins[event.id] = event.keyword_args["SOCKS_USERNAME"]
+
+    def see_circuit(self, event: Any) -> None:
+        ended = getattr(event, "status", "") in ("CLOSED", "FAILED")  # of an earlier test
+        if event.hs_state == "HSSR_JOINED" and not ended:
+            self.joined.add(event.id)
+
+
+@contextlib.contextmanager
+def watching(network: Network) -> Iterator[Witness]:
+    witness = Witness()
+    with network.controller("client") as client, network.controller("service") as service:
+        client.add_event_listener(witness.see_stream, "STREAM")
+        service.add_event_listener(witness.see_circuit, "CIRC", "CIRC_MINOR")
+        yield witness
+
+
+def circuits(network: Network, onion: str, *, warm: bool) -> Circuits:
+    settings = TorSettings(network.control("client"), NOWHERE)
+    return Circuits(Address.parse(onion), settings, secrets.token_bytes, warm=warm)
+
+
+async def ask(way: Circuits, count: int, at_once: int) -> None:
+    left = iter(range(count))
+
+    async def asker() -> None:
+        for _ in left:
+            await exchange(way, bytes(REQUEST_SIZE), 60)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(at_once):
+            nursery.start_soon(asker)
+
+
+@pytest.fixture(scope="module")
+def echoing(network: Network) -> Iterator[str]:
+    with echo(network) as onion:
+        yield onion
+
+
+@pytest.mark.parametrize("warm", [False, True])
+async def test_each_request_has_a_circuit_that_nothing_else_uses(
+    network: Network, echoing: str, warm: bool
+) -> None:
+    with watching(network) as seen:
+        way = circuits(network, echoing, warm=warm)
+        async with way.running():
+            await ask(way, REQUESTS, 8)
+            made_ahead = way.ready
+        await until(lambda: len(seen.joined) >= len(seen.streams) > 0)
+    if warm:  # also those that were made ahead and not used in the end
+        assert REQUESTS <= len(seen.streams) <= REQUESTS + made_ahead + 16
+    else:
+        assert len(seen.streams) == REQUESTS
+    assert len(seen.circuits) == len(seen.streams) == len(seen.joined)
+    assert all(len(used) == 1 for used in seen.streams.values())
+    assert len(set(seen.logins.values())) == len(seen.streams)
+
+
+async def test_with_a_shared_login_it_is_one_circuit(network: Network, echoing: str) -> None:
+    """The negative control: what sees separate circuits sees that these are not."""
+
+    settings = TorSettings(network.control("client"), NOWHERE)
+    way = Circuits(Address.parse(echoing), settings, lambda size: bytes(size), warm=False)
+    with watching(network) as seen:
+        async with way.running():
+            for _ in range(REQUESTS // 4):
+                await way.probe()  # which leaves the connection open
+    assert len(seen.streams) == REQUESTS // 4
+    assert len(seen.circuits) == len(seen.joined) == 1
+
+
+async def until(condition: Any) -> None:
+    with trio.fail_after(20):
+        while not condition():
+            await trio.sleep(0.05)
+
+
+async def test_circuits_are_closed_after_use(network: Network, echoing: str) -> None:
+    with network.controller("client") as controller:
+        way = circuits(network, echoing, warm=True)
+        async with way.running():
+            await ask(way, REQUESTS, 8)
+
+            def lingering() -> int:
+                return sum(
+                    one.purpose == "HS_CLIENT_REND" and one.hs_state == "HSCR_JOINED"
+                    for one in controller.get_circuits()
+                )
+
+            await until(lambda: lingering() <= way.ready)
+
+
+# -- tor comes and goes ---------------------------------------------------------------------------
 
 
 async def test_a_tor_that_died_is_noticed_and_found_again(network: Network) -> None:
     told: list[str] = []
-    client = network.control("client")
-    async with tor.running(client, Path("/nonexistent"), tell=told.append) as found:
+    async with tor.running(network.control("client"), NOWHERE, tell=told.append) as found:
         assert await found.socks() == network.socks
         network.kill("client")
         while found.is_up:
@@ -25,3 +157,157 @@ async def test_a_tor_that_died_is_noticed_and_found_again(network: Network) -> N
         assert found.starts == 2
     assert "tor stopped" in told
     assert any(phase.startswith("tor is at ") for phase in told)
+
+
+# -- the first end to end, over Tor --------------------------------------------------------------
+
+
+@pytest.fixture
+def server(network: Network, tmp_path: Path) -> Iterator[OnionServer]:
+    server = OnionServer(network, tmp_path / "server")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cut_off() -> Iterator[Namespace | None]:
+    """A network namespace without any network; None where none can be made."""
+    try:
+        namespace = Namespace(loopback=False)
+    except (OSError, RuntimeError):
+        yield None
+        return
+    yield namespace
+    namespace.close()
+
+
+@pytest.fixture
+def client(network: Network, cut_off: Namespace | None, tmp_path: Path) -> Iterator[OnionClient]:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    client = OnionClient(
+        tmp_path / "state",
+        directory,
+        tmp_path / "words",
+        tor=network.control("client"),
+        namespace=cut_off,
+    )
+    yield client
+    client.discard()
+
+
+def make_files(directory: Path, count: int) -> None:
+    draw = random.Random(7)
+    for number in range(count):
+        path = directory / f"d{number % 7}" / f"f{number}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(draw.randbytes(draw.choice((0, 10, 900, 3_000, 9_000))))
+
+
+def set_up(client: OnionClient, server: OnionServer) -> None:
+    client.run("init", "--server", server.onion, "--no-password", "--words-file", client.words)
+    client.run("redeem", "-", stdin=server.voucher(20_000))
+
+
+def check_books(client: OnionClient, server: OnionServer, lost: int = 0) -> None:
+    """All tokens that the server says are out are in the wallet, but for those lost with one."""
+    balance = client.json("balance")
+    assert balance["pending"] == 0
+    assert server.status()["tokens"]["outstanding"] == balance["held"] + lost
+
+
+def test_the_whole_first_end_to_end_goes_through_tor_alone(
+    network: Network, server: OnionServer, client: OnionClient, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    make_files(source, 300)
+    set_up(client, server)
+    client.mount()
+    assert client.json("status")["way"].startswith("over Tor, through the tor that runs here")
+    shutil.copytree(source, client.directory, dirs_exist_ok=True, symlinks=True)
+    client.umount()
+    check_books(client, server)
+    lost = client.json("balance")["held"]
+
+    shutil.rmtree(client.state)
+    voucher = client.words.with_name("voucher")
+    voucher.write_text(server.voucher(20_000))
+    client.run(
+        "recover", "--server", server.onion, "--seed", client.words, "--no-password",
+        "--voucher-file", voucher,
+    )  # fmt: skip
+    client.mount()
+    assert {p: e.content for p, e in tree(client.directory).items() if p != "."} == {
+        p: e.content for p, e in tree(source).items() if p != "."
+    }
+    for number in range(3):
+        shutil.rmtree(client.directory / f"d{number}")
+    client.umount()
+    assert client.json("gc")["deleted"] > 0
+    client.fsck()
+    check_books(client, server, lost)
+
+    own = {str(client.state / "control"), str(network.control("client")), str(network.socks)}
+    assert client.connections() <= own | short(client)
+    assert str(network.socks) in client.connections()
+
+
+def short(client: OnionClient) -> set[str]:
+    """Other names of the vault's own control socket, for a path too long for an address."""
+    return {one for one in client.connections() if one.startswith("/proc/self/fd/")}
+
+
+def test_what_watches_the_connections_sees_one_that_is_not_through_tor(
+    server: OnionServer, client: OnionClient
+) -> None:
+    """The negative control. Where there is a namespace, nothing even gets out."""
+    arguments = ("init", "--server", server.address, "--no-password", "--words-file", client.words)
+    client.run(*arguments)
+    voucher = server.voucher(100)
+    client.run("redeem", "-", stdin=voucher, code=4 if client.namespace else 0)
+    assert server.address in client.connections()
+
+
+def test_a_copy_survives_whatever_happens_to_tor_and_the_server(
+    network: Network, server: OnionServer, client: OnionClient, tmp_path: Path
+) -> None:
+    """tor killed, the server killed, a fifth of the connections refused: all gets there once."""
+    source = tmp_path / "source"
+    source.mkdir()
+    make_files(source, 120)
+    set_up(client, server)
+    client.mount("--publish-interval", "0.5")
+    shutil.copytree(source, client.directory, dirs_exist_ok=True)
+    saboteur = Saboteur(network, 0.2, seed=3)
+    with saboteur.at_work():
+        eventually(lambda: saboteur.seen > 5, "requests to be sabotaged")
+        server.stop()
+        (client.directory / "while-the-server-is-down").write_bytes(b"x" * 20_000)
+        server.start()
+        seen = saboteur.seen
+        eventually(lambda: saboteur.seen > seen + 5, "requests after the server's restart")
+    network.kill("client")
+    (client.directory / "while-tor-is-down").write_bytes(b"y" * 20_000)
+    network.start("client")
+    network.wait_until_up("client")
+    saboteur = Saboteur(network, 0.2, seed=4)
+    with saboteur.at_work():
+        eventually(lambda: client.json("status")["unpublished_bytes"] == 0, "all published", 120)
+        client.run("sync")
+    written = {p: e.content for p, e in tree(client.directory).items()}
+    client.umount()
+    check_books(client, server)
+    client.fsck()
+    assert saboteur.closed > 0
+
+    lost = client.json("balance")["held"]
+    shutil.rmtree(client.state)
+    set_up_again = ("--server", server.onion, "--seed", client.words, "--no-password")
+    voucher = client.words.with_name("voucher")
+    voucher.write_text(server.voucher(5_000))
+    client.run("recover", *set_up_again, "--voucher-file", voucher, client.directory)
+    client.pid = client.json("status")["pid"]
+    assert {p: e.content for p, e in tree(client.directory).items()} == written
+    client.umount()
+    check_books(client, server, lost)

@@ -1,0 +1,152 @@
+"""What is at the two ends of the network: services behind an onion address, clients that have
+no other network than the tor they are given."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import random
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from stem.control import EventType
+
+from hpkvd import identity as identities
+from hpkvd.config import IDENTITY
+from hpkvfs.address import onion_host
+from hpkvfs.protocol.identity import Identity
+from tests.mounted.client import ENVIRONMENT, Client, Server, command
+from tests.tor.network import Namespace, Network
+
+PORT = 7387
+HOOK = Path(__file__).with_name("hook")
+
+
+@contextlib.contextmanager
+def echo(network: Network) -> Iterator[str]:
+    """The onion address of a bare echo service."""
+    with subprocess.Popen(
+        network.inside(command("tests.tor.echo")), env=ENVIRONMENT, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        try:
+            yield publish(network, port, Identity(random.randbytes(32)))
+        finally:
+            process.kill()
+
+
+def publish(network: Network, port: int, identity: Identity) -> str:
+    """Have the service's tor publish a port of this machine; `....onion`."""
+    key = base64.b64encode(identity.expanded()).decode()
+    with network.controller("service") as controller:
+        made = controller.create_ephemeral_hidden_service(
+            {PORT: f"127.0.0.1:{port}"},
+            key_type="ED25519-V3",
+            key_content=key,
+            await_publication=True,
+            timeout=60,
+            detached=True,
+        )
+    host = onion_host(identity.public)
+    assert host == f"{made.service_id}.onion"
+    return host
+
+
+class OnionServer(Server):
+    """hpkvd where the network's TCP is, behind an onion address."""
+
+    def __init__(self, network: Network, data: Path) -> None:
+        self._network = network
+        super().__init__(data)
+        port = int(self.address.rpartition(":")[2])
+        self.onion = publish(network, port, identities.load(data / IDENTITY))
+
+    def start(self) -> None:
+        arguments = ("serve", "--data", self.data, "--listen", self.address)
+        self.process = subprocess.Popen(
+            self._network.inside(command("hpkvd", *arguments)),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip().rpartition(" ")[2]
+        assert self.address, "the server did not start"
+
+
+@dataclass
+class OnionClient(Client):
+    """hpkvfs in a network namespace without any network, and with each connection it makes
+    noted: tor's sockets are files, so they are there all the same."""
+
+    tor: Path = field(kw_only=True)
+    namespace: Namespace | None = field(kw_only=True)
+
+    @property
+    def log(self) -> Path:
+        """Where the connections are noted."""
+        return self.state.with_name("connections")
+
+    def run(
+        self, *arguments: str | Path, stdin: str = "", code: int = 0
+    ) -> subprocess.CompletedProcess[str]:
+        line = command("hpkvfs", "--state", self.state, "--tor", self.tor, *arguments)
+        environment = ENVIRONMENT | {"CONNECTIONS": str(self.log)}
+        environment["PYTHONPATH"] = f"{HOOK}:{environment['PYTHONPATH']}"
+        done = subprocess.run(
+            self.namespace.inside(line) if self.namespace else line,
+            input=stdin,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)
+        return done
+
+    def connections(self) -> set[str]:
+        """Where it connected to: a path, or HOST:PORT."""
+        return {json.loads(line) for line in self.log.read_text().splitlines()}
+
+
+class Saboteur:
+    """Closes circuits of the client's tor at random, while they are being connected."""
+
+    def __init__(self, network: Network, share: float, seed: int) -> None:
+        self._network = network
+        self._share = share
+        self._random = random.Random(seed)
+        self.closed = 0
+        self.seen = 0
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        doomed: SimpleQueue[str | None] = SimpleQueue()
+        with self._network.controller("client") as controller:
+
+            def stream(event: Any) -> None:
+                if event.status == "SENTCONNECT" and event.target_address.endswith(".onion"):
+                    self.seen += 1
+                    if self._random.random() < self._share:
+                        doomed.put(event.circ_id)
+
+            def close() -> None:
+                while (circuit := doomed.get()) is not None:
+                    self.closed += controller.msg(f"CLOSECIRCUIT {circuit}").is_ok()
+
+            thread = threading.Thread(target=close)
+            thread.start()
+            controller.add_event_listener(stream, EventType.STREAM)
+            try:
+                yield
+            finally:
+                doomed.put(None)
+                thread.join()
