@@ -1,13 +1,20 @@
 """The kernel's view: pyfuse3 requests in, filesystem operations out. An adapter only.
 
 This client is the only writer of its vault, so the kernel may cache names, attributes and
-pages for as long as it likes.
+pages for as long as it likes, and keep what was written (writeback cache) until a file is
+closed or synced, or it wants the memory: then it comes in few large pieces. The kernel then
+knows a file's size and times better than we do, and tells us.
+
+What the kernel asks for each time, and how it is kept cheap: `security.capability` before each
+write (libfuse 3.14 cannot say that there is none; the memo of xattrs can); FLUSH is answered
+ENOSYS once, and never comes again, since there is nothing it could do.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,11 +22,13 @@ from typing import Any, TypeVar
 
 import pyfuse3
 
+from hpkvfs.eager import Trio
 from hpkvfs.errors import EmptyWallet, HpkvError, Unreachable
+from hpkvfs.fs import acl
 from hpkvfs.fs.backend import Backend, run
 from hpkvfs.fs.filesystem import Changes
 from hpkvfs.fs.shelf import SNAPSHOTS_INO, is_fleeting
-from hpkvfs.types import BlobRef
+from hpkvfs.types import BlobRef, Missing
 from hpkvfs.volume.items import BLOCK, MAX_NAME, Inode
 
 log = logging.getLogger(__name__)
@@ -27,9 +36,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CACHE_SECONDS = 3_600.0
-READDIR_BATCH = 128
-READ_AHEAD_BLOCKS = 32
+READDIR_BATCH = 200
+LEAST_AHEAD, MOST_AHEAD = 8, 64  # blocks
+MOST_READERS = 1_000
 _IO_SIZE = 128 * 1024
+_DOT, _DOTDOT, _FIRST = 1, 2, 3
+_PRIVILEGES = stat.S_ISUID | stat.S_ISGID
 
 # What a failure of the store looks like to a program.
 ERRNO: tuple[tuple[type[HpkvError], int], ...] = (
@@ -48,26 +60,33 @@ class Adapter(pyfuse3.Operations):
     """Answers the kernel from a Backend."""
 
     supports_dot_lookup = True
-    enable_writeback_cache = False
+    enable_writeback_cache = True
+    enable_acl = True
 
     def __init__(self, backend: Backend) -> None:
         super().__init__()
         self._backend = backend
         self._fs = backend.fs
-        self._read_ends: dict[int, int] = {}
+        self._reads: dict[int, _Reading] = {}
 
     async def _do(self, operation: Callable[..., T], *args: Any) -> T:
         """Run one operation; every failure becomes an errno, unknown ones EIO and a traceback."""
         try:
+            return operation(*args)
+        except Missing:
+            return await self._do_with_loading(operation, *args)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        except Exception as error:
+            raise _unforeseen(operation, error) from None
+
+    async def _do_with_loading(self, operation: Callable[..., T], *args: Any) -> T:
+        try:
             return await run(self._backend, lambda: operation(*args))
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-        except HpkvError as error:
-            log.warning("%s: %s", operation.__name__, error)
-            raise pyfuse3.FUSEError(errno_of(error)) from None
-        except Exception:
-            log.exception("%s failed", operation.__name__)
-            raise pyfuse3.FUSEError(errno.EIO) from None
+        except Exception as error:
+            raise _unforeseen(operation, error) from None
 
     async def _wait(self, waiting: Callable[..., Any], *args: Any) -> None:
         try:
@@ -96,7 +115,7 @@ class Adapter(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """See pyfuse3."""
         for ino, count in inode_list:
-            self._read_ends.pop(ino, None)
+            self._reads.pop(ino, None)
             try:
                 await self._do(self._fs.forget, ino, count)
             except pyfuse3.FUSEError as error:
@@ -154,17 +173,29 @@ class Adapter(pyfuse3.Operations):
         return inode
 
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
-        """See pyfuse3. A place in the listing is an entry's cookie plus one."""
+        """See pyfuse3. A place in the listing is an entry's cookie, behind those of . and .."""
+        if start_id < _DOTDOT and not await self._list_dots(fh, start_id, token):
+            return
+        after = start_id - _FIRST if start_id >= _FIRST else -1
         while True:
-            entries = await self._do(self._fs.readdir, fh, start_id - 1, READDIR_BATCH)
-            for entry in entries:
-                inode = await self._do(self._fs.getattr, entry.ino)
-                start_id = entry.cookie + 1
-                if not pyfuse3.readdir_reply(token, entry.name, attributes(inode), start_id):
+            entries = await self._do(self._fs.listing, fh, after, READDIR_BATCH)
+            for entry, inode in entries:
+                after = entry.cookie
+                if not pyfuse3.readdir_reply(token, entry.name, attributes(inode), after + _FIRST):
                     return
                 self._fs.remember(inode.ino)
             if len(entries) < READDIR_BATCH:
                 return
+
+    async def _list_dots(self, ino: int, start_id: int, token: Any) -> bool:
+        """Whether both fitted; the kernel takes no references by them."""
+        here = await self._do(self._fs.getattr, ino)
+        if start_id < _DOT:
+            await self._do(self._fs.accessed, ino)
+            if not pyfuse3.readdir_reply(token, b".", attributes(here), _DOT):
+                return False
+        above = await self._do(self._fs.getattr, here.parent)
+        return bool(pyfuse3.readdir_reply(token, b"..", attributes(above), _DOTDOT))
 
     async def releasedir(self, fh: int) -> None:
         """See pyfuse3."""
@@ -209,13 +240,24 @@ class Adapter(pyfuse3.Operations):
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
         """See pyfuse3."""
+        if name in (acl.ACCESS, acl.DEFAULT):
+            owner = await self._do(self._fs.getattr, inode)
+            member = ctx.uid == 0 or _is_in_group(ctx, owner.gid)
+
+            def set_acl() -> None:
+                self._fs.set_acl(inode, name, value, keep_setgid=member)
+
+            await self._do(set_acl)
+            return
         _check_namespace(name)
         await self._do(self._fs.setxattr, inode, name, value)
 
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         """See pyfuse3."""
-        _check_namespace(name)
-        return await self._do(self._fs.getxattr, inode, name)
+        found = (await self._do(self._fs.xattrs, inode)).get(name)
+        if found is None:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return found[1]
 
     async def listxattr(self, inode: int, ctx: Any) -> list[bytes]:
         """See pyfuse3."""
@@ -223,27 +265,35 @@ class Adapter(pyfuse3.Operations):
 
     async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
         """See pyfuse3."""
-        _check_namespace(name)
         await self._do(self._fs.removexattr, inode, name)
 
     # -- data ------------------------------------------------------------------------
 
     async def open(self, inode: int, flags: int, ctx: Any) -> Any:
         """See pyfuse3."""
+        if flags & os.O_TRUNC:
+            await self._do(self._fs.setattr, inode, Changes(size=0))
         return _opened(inode)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """See pyfuse3."""
-        if self._read_ends.get(fh, 0) == off:
-            self._read_ahead(fh, off + size)
-        self._read_ends[fh] = off + size
-        return await self._do(self._fs.read, fh, off, size)
+        reading = self._reads.get(fh)
+        if reading is None:
+            if len(self._reads) >= MOST_READERS:
+                self._reads.clear()
+            reading = self._reads[fh] = _Reading()
+        ahead = reading.go_on(off, size)
+        if ahead:
+            self._read_ahead(fh, ahead)
+        data = await self._do(self._fs.read, fh, off, size)
+        await self._do(self._fs.accessed, fh)
+        return data
 
-    def _read_ahead(self, ino: int, offset: int) -> None:
-        first = offset // BLOCK
+    def _read_ahead(self, ino: int, blocks: range) -> None:
         try:
-            last = min(first + READ_AHEAD_BLOCKS, -(-self._fs.getattr(ino).size // BLOCK))
-            refs: list[BlobRef] = self._fs.view.extent_refs(ino, range(first, last))
+            last = -(-self._fs.getattr(ino).size // BLOCK)
+            blocks = range(blocks.start, min(blocks.stop, last))
+            refs: list[BlobRef] = self._fs.view.extent_refs(ino, blocks)
         except Exception:
             return  # only a hint: the read itself will say what is wrong
         if refs:
@@ -251,19 +301,55 @@ class Adapter(pyfuse3.Operations):
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """See pyfuse3."""
-        await self._wait(self._backend.admit, len(buf))
-        return await self._do(self._fs.write, fh, off, buf)
+        if self._backend.is_crowded(len(buf)):
+            await self._wait(self._backend.admit, len(buf))
+        inode = await self._do(self._fs.getattr, fh)
+        size = await self._do(self._write, fh, off, buf)
+        if inode.mode & _PRIVILEGES:
+            # the mode it cached is no longer true; only attributes, so this cannot block
+            pyfuse3.invalidate_inode(fh, attr_only=True)
+        return size
+
+    def _write(self, ino: int, offset: int, data: bytes) -> int:
+        return self._fs.write(ino, offset, data, stamp=False)
 
     async def flush(self, fh: int) -> None:
-        """See pyfuse3; nothing is held back, so there is nothing to do."""
+        """See pyfuse3; nothing is held back, so the kernel need not ask again."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def release(self, fh: int) -> None:
         """See pyfuse3."""
-        self._read_ends.pop(fh, None)
+        self._reads.pop(fh, None)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """See pyfuse3."""
         await self._wait(self._backend.sync)
+
+
+class _Reading:
+    """How one file is read: what follows is fetched ahead, more each time it is wanted."""
+
+    __slots__ = ("_asked", "_end", "_window")
+
+    def __init__(self) -> None:
+        self._end = -1
+        self._window = 0
+        self._asked = 0
+
+    def go_on(self, offset: int, size: int) -> range:
+        """The blocks to fetch ahead, now that this is read."""
+        in_order = offset == self._end
+        self._end = offset + size
+        next_block = -(-self._end // BLOCK)
+        if not in_order:
+            self._window, self._asked = 0, next_block
+            return range(0)
+        start = max(self._asked, next_block)
+        if start > next_block + self._window // 2:
+            return range(0)  # enough is on its way
+        self._window = min(max(2 * self._window, LEAST_AHEAD), MOST_AHEAD)
+        self._asked = max(start, next_block + self._window)
+        return range(start, self._asked)
 
 
 def attributes(inode: Inode) -> pyfuse3.EntryAttributes:
@@ -288,12 +374,26 @@ def attributes(inode: Inode) -> pyfuse3.EntryAttributes:
 
 
 def _check_namespace(name: bytes) -> None:
-    """EOPNOTSUPP for POSIX ACLs, which must not be kept as if they were only bytes.
-
-    A program that is told so (cp -a, rsync -A) sets the mode with chmod instead.
-    """
+    """EOPNOTSUPP for what only the kernel gives a meaning, and we do not."""
     if name.startswith(b"system."):
         raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+
+
+def _is_in_group(ctx: Any, gid: int) -> bool:
+    try:
+        return ctx.gid == gid or gid in pyfuse3.get_sup_groups(ctx.pid)
+    except (OSError, RuntimeError):
+        return False  # it has ended, or lives where we cannot see it
+
+
+def _unforeseen(operation: Callable[..., Any], error: Exception) -> pyfuse3.FUSEError:
+    """What a program is told when the store failed, or we have a bug."""
+    name = getattr(operation, "__name__", "operation")
+    if isinstance(error, HpkvError):
+        log.warning("%s: %s", name, error)
+        return pyfuse3.FUSEError(errno_of(error))
+    log.error("%s failed", name, exc_info=error)
+    return pyfuse3.FUSEError(errno.EIO)
 
 
 def _absent() -> pyfuse3.EntryAttributes:
@@ -323,6 +423,7 @@ async def serve(
     backend: Backend, mountpoint: str, options: set[str], ready: Callable[[], None]
 ) -> None:
     """Mount, answer the kernel until unmounted, and clean up the mount."""
+    vars(pyfuse3)["trio"] = Trio()  # as pyfuse3.asyncio does
     pyfuse3.init(Adapter(backend), mountpoint, options)
     try:
         ready()

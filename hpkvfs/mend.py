@@ -18,7 +18,6 @@ A snapshot can't be changed: what is lost of it comes back from the cache, or no
 from __future__ import annotations
 
 import stat
-from dataclasses import replace
 
 from hpkvfs.control import Progress, no_progress
 from hpkvfs.errors import KeyExists, VaultError
@@ -105,7 +104,7 @@ class _Mender:
     def _touch(self) -> list[Effect]:
         """Something to publish: sums alone are no change."""
         root = self.fs.getattr(ROOT_INO)
-        return [Put(key(ROOT_INO, ItemKind.INODE), replace(root, ctime=root.ctime + 1).encode())]
+        return [Put(key(ROOT_INO, ItemKind.INODE), root._replace(ctime=root.ctime + 1).encode())]
 
     async def _mark(self, ino: int, offsets: list[int]) -> None:
         """Name on the file the byte ranges that are lost."""
@@ -131,7 +130,7 @@ class _Mender:
         entry = Dirent(name, ino, file_type(inode.mode))
         effects: list[Effect] = [Put(key(directory, ItemKind.DIRENT, place), entry.encode())]
         if inode.is_dir:
-            named = replace(inode, parent=directory)
+            named = inode._replace(parent=directory)
             effects.append(Put(key(ino, ItemKind.INODE), named.encode()))
         self.fs.mend(effects)
 

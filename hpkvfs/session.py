@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from hpkvfs.errors import (
 )
 from hpkvfs.fs.backend import run
 from hpkvfs.fs.filesystem import Filesystem, fail
+from hpkvfs.fs.flush import GroupFlush
 from hpkvfs.fs.publisher import Publisher
 from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.fs.shelf import Shelf
@@ -62,6 +64,7 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 PROBE_GAP = 32
 RESERVED_BLOBS = 16
+ROOMY_BLOBS = 1_024
 _WRITER = "writer"
 
 Progress = Callable[[int, int], None]
@@ -120,6 +123,8 @@ class Session:
         self._journal = journal
         self._rng = rng
         self._fs = fs
+        self._flush = GroupFlush(fs)
+        self._roomy_until, self._roomy_since = 0, 0.0
         self._connected = False
         self._connecting = trio.Lock()
         self._wake = trio.Event()
@@ -145,6 +150,10 @@ class Session:
         """Bring blobs into memory."""
         await self.volume.load(missing)
 
+    def is_crowded(self, size: int) -> bool:
+        """Whether `admit` has anything to do."""
+        return self._fs.totals().dirty + size > self.options.publish_at
+
     async def admit(self, size: int) -> None:
         """Wait while too much is dirty; ENOSPC when it can't be published."""
         dirty = self._fs.totals().dirty
@@ -159,13 +168,24 @@ class Session:
             dirty = self._fs.totals().dirty
 
     def room(self, size: int) -> None:
-        """ENOSPC when the tokens do not pay for what is dirty and `size` bytes more."""
-        if self._needed(self._fs.totals().dirty + size) > self._affordable():
+        """ENOSPC when the tokens do not pay for what is dirty and `size` bytes more.
+
+        Adding up the wallet for each operation would cost more than most operations: what was
+        free then is taken to be free until a quarter of it may have been used.
+        """
+        dirty = self._fs.totals().dirty
+        if dirty + size <= self._roomy_until and time.monotonic() < self._roomy_since + 1.0:
+            return
+        free = self._affordable() - self._needed(dirty + size)
+        if free < 0:
+            self._roomy_until = 0
             raise fail(errno.ENOSPC)
+        self._roomy_since = time.monotonic()
+        self._roomy_until = dirty + free // 4 * PAYLOAD_SIZE if free > ROOMY_BLOBS else 0
 
     async def sync(self) -> None:
         """Return when all changes so far are durable, here or (by option) at the server."""
-        await trio.to_thread.run_sync(self._fs.syncer())
+        await self._flush.sync()
         if self.options.remote_durability:
             await self.publish()
 
@@ -410,6 +430,7 @@ class Session:
         try:
             await self.connect()
             await self.publisher.publish(progress)
+            self._flush.published()
         finally:
             self._settled.set()
             self._settled = trio.Event()

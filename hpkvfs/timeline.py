@@ -342,6 +342,10 @@ class SnapshotBackend:
         """Bring blobs into memory."""
         await self._session.load(missing)
 
+    def is_crowded(self, size: int) -> bool:
+        """Always: `admit` says why."""
+        return True
+
     async def admit(self, size: int) -> None:
         """EROFS."""
         raise fail(errno.EROFS)

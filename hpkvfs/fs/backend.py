@@ -24,6 +24,10 @@ class Backend(Protocol):
         """Bring blobs into memory; StoreError."""
         ...
 
+    def is_crowded(self, size: int) -> bool:
+        """Whether `admit` has anything to do before so many more dirty bytes are held."""
+        ...
+
     async def admit(self, size: int) -> None:
         """Wait until so many more dirty bytes may be held; OSError when they can't be."""
         ...

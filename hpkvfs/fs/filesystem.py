@@ -21,13 +21,17 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from hpkvfs.fs import acl
+from hpkvfs.fs.acl import Acl
 from hpkvfs.fs.layer import Cut, Effect, Gone, Layer, Put, Usage, Write
+from hpkvfs.fs.memo import Memo, Xattrs
 from hpkvfs.fs.shelf import in_snapshot
 from hpkvfs.fs.view import Below, View
+from hpkvfs.types import Missing
 from hpkvfs.volume.items import (
     BLOCK,
     MAX_NAME,
@@ -47,12 +51,16 @@ from hpkvfs.volume.items import (
     kind_range,
     split_key,
 )
+from hpkvfs.volume.volume import together
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 XATTR_CREATE = 1
 XATTR_REPLACE = 2
 LINK_MAX = 65_000
+RELATIME = 24 * 3_600 * 10**9
+MOST_ACCESSES = 20_000
+_LENT = stat.S_ISUID | stat.S_ISGID
 
 
 def fail(code: int) -> OSError:
@@ -73,6 +81,10 @@ class Changes:
     ctime: int | None = None
 
 
+Change = Effect | Inode
+"""An effect; an Inode stands for putting it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Totals:
     """What statfs is computed from: bytes and files held, and dirty bytes not published."""
@@ -84,6 +96,11 @@ class Totals:
 
 class Base(Below, Protocol):
     """The published tree, and names in it that are not listed."""
+
+    @property
+    def state(self) -> object:
+        """Another object when something in the tree is another than before."""
+        ...
 
     def hidden(self, parent: int, name: bytes) -> Dirent | None:
         """The entry of a name that is there and not listed."""
@@ -134,6 +151,11 @@ class Filesystem:
         self._clock = clock
         self._room = room
         self._lookups: Counter[int] = Counter()
+        self._orphaned: set[int] = set()
+        self._accesses: dict[int, int] = {}
+        self._memo = Memo()
+        self.position = 0
+        """Grows with every change."""
         self._base = (0, 0)
         self.active = Layer()
         self.frozen: Layer | None = None
@@ -144,6 +166,7 @@ class Filesystem:
 
     def start(self, next_ino: int, size: int, files: int, covered: int) -> int:
         """Take over from a published generation and the redo log; records replayed."""
+        self._memo.clear()
         self.next_ino = max(next_ino, ROOT_INO)
         self._base = (size, files)
         replayed = 0
@@ -156,7 +179,7 @@ class Filesystem:
         """Give an empty filesystem its root directory."""
         now = self._clock()
         root = Inode(ROOT_INO, stat.S_IFDIR | 0o755, 2, uid, gid, 0, now, now, now, 0, ROOT_INO)
-        self._commit([_put(root), Usage(0, 1)])
+        self._commit([root, Usage(0, 1)])
 
     def freeze(self) -> int:
         """Set the active layer aside to be published; the last redo log it includes."""
@@ -180,10 +203,15 @@ class Filesystem:
         scan = self._view.scan(*kind_range(0, ItemKind.ORPHAN))
         return [split_key(raw)[2] for raw, _ in scan]
 
+    def left_behind(self) -> list[int]:
+        """Orphans that nobody holds: those of an earlier life that was cut short. Missing."""
+        return [ino for ino in self.orphans() if ino not in self._orphaned]
+
     def reclaim(self, ino: int) -> None:
         """Remove an orphan for good; Missing."""
         inode = self.getattr(ino)
         self._commit([*_remove(inode), Put(key(0, ItemKind.ORPHAN, ino), None)])
+        self._orphaned.discard(ino)
 
     def mend(self, effects: list[Effect]) -> None:
         """Repair: apply changes as they are, which may break rules to restore others."""
@@ -227,47 +255,80 @@ class Filesystem:
 
     def forget(self, ino: int, count: int) -> None:
         """The kernel dropped references; the last one removes an orphan. Missing."""
-        if self._lookups[ino] <= count and self._view.get(key(0, ItemKind.ORPHAN, ino)) is not None:
+        left = self._lookups[ino] - count
+        if left > 0:
+            self._lookups[ino] = left
+            return
+        if ino in self._orphaned:
             self.reclaim(ino)
-        self._lookups[ino] -= count
-        if self._lookups[ino] <= 0:
-            del self._lookups[ino]
+        self._lookups.pop(ino, None)
+        self._accesses.pop(ino, None)
 
     # -- inodes ----------------------------------------------------------------------
 
     def getattr(self, ino: int) -> Inode:
         """The inode; ENOENT."""
-        raw = self._view.get(key(ino, ItemKind.INODE))
-        if raw is None:
-            raise fail(errno.ENOENT)
-        return Inode.decode(ino, raw)
+        memo = self._memo.at(self._below.state)
+        inode = memo.inodes.get(ino)
+        if inode is None:
+            raw = self._view.get(key(ino, ItemKind.INODE))
+            if raw is None:
+                raise fail(errno.ENOENT)
+            inode = memo.inodes[ino] = Inode.decode(ino, raw)
+            memo.trim()
+        atime = self._accesses.get(ino)
+        return inode if atime is None else inode._replace(atime=atime)
+
+    def accessed(self, ino: int) -> None:
+        """Somebody read it: note the time, as relatime does, but only in memory; Missing.
+
+        It joins the inode when that changes for another reason (lazytime): reading must not
+        cost tokens.
+        """
+        inode, now = self.getattr(ino), self._clock()
+        if inode.atime <= max(inode.mtime, inode.ctime) or now - inode.atime >= RELATIME:
+            if len(self._accesses) >= MOST_ACCESSES:
+                self._accesses.pop(next(iter(self._accesses)))
+            self._accesses[ino] = now
 
     def setattr(self, ino: int, changes: Changes) -> Inode:
         """Change an inode's attributes, size included; EISDIR, EINVAL, EFBIG, ENOSPC."""
         inode = self.getattr(ino)
         now = self._clock()
-        effects: list[Effect] = []
-        new = replace(inode, ctime=now if changes.ctime is None else changes.ctime)
+        effects: list[Change] = []
+        new = inode._replace(ctime=now if changes.ctime is None else changes.ctime)
         if changes.size is not None:
             effects += self._resize(inode, changes.size)
-            new = replace(new, size=changes.size, mtime=now)
+            new = new._replace(size=changes.size, mtime=now)
         if changes.mode is not None:
-            new = replace(new, mode=stat.S_IFMT(inode.mode) | stat.S_IMODE(changes.mode))
+            new = new._replace(mode=stat.S_IFMT(inode.mode) | stat.S_IMODE(changes.mode))
+            effects += self._chmod_acl(new)
+        elif not inode.is_dir and not (changes.size is changes.uid is changes.gid is None):
+            new = new._replace(mode=unprivileged(inode.mode))
         for field in ("uid", "gid", "atime", "mtime"):
             value = getattr(changes, field)
             if value is not None:
-                new = replace(new, **{field: value})
-        self._commit([*effects, _put(new)])
+                new = new._replace(**{field: value})
+        self._commit([*effects, new])
+        if changes.atime is not None:
+            self._accesses.pop(ino, None)
         return new
 
-    def _resize(self, inode: Inode, size: int) -> list[Effect]:
+    def _chmod_acl(self, inode: Inode) -> list[Change]:
+        found = self.xattrs(inode.ino).get(acl.ACCESS)
+        if found is None:
+            return []
+        changed = Acl.decode(found[1]).with_mode(inode.mode)
+        return [self._xattr_put(inode.ino, found[0], acl.ACCESS, changed.encode())]
+
+    def _resize(self, inode: Inode, size: int) -> list[Change]:
         if inode.is_dir:
             raise fail(errno.EISDIR)
         if not inode.is_file:
             raise fail(errno.EINVAL)
         if not 0 <= size <= MAX_OFFSET:
             raise fail(errno.EFBIG)
-        effects: list[Effect] = [Usage(size - inode.size, 0)]
+        effects: list[Change] = [Usage(size - inode.size, 0)]
         if size < inode.size:
             effects.append(Cut(inode.ino, _blocks(size)))
             rest = min(-size % BLOCK, inode.size - size)
@@ -294,6 +355,18 @@ class Filesystem:
                 break
         return entries
 
+    def listing(self, ino: int, after: int, limit: int) -> list[tuple[Dirent, Inode]]:
+        """As readdir, with the inodes; what is missing for any is reported together."""
+        found, misses = [], []
+        for entry in self.readdir(ino, after, limit):
+            try:
+                found.append((entry, self.getattr(entry.ino)))
+            except Missing as miss:
+                misses.append(miss)
+        if misses:
+            raise together(misses)
+        return found
+
     def make(self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0) -> Inode:
         """Create a file, directory, fifo, socket or device node; EEXIST, ENOSPC, ..."""
         return self._make(parent, name, mode, uid, gid, rdev, [])
@@ -302,7 +375,7 @@ class Filesystem:
         """Create a symbolic link; ENAMETOOLONG when the target exceeds 4,095 bytes."""
         if len(target) > MAX_SYMLINK:
             raise fail(errno.ENAMETOOLONG)
-        extra: list[Effect] = [Put(key(self.next_ino, ItemKind.SYMLINK), target)]
+        extra: list[Change] = [Put(key(self.next_ino, ItemKind.SYMLINK), target)]
         mode = stat.S_IFLNK | 0o777
         return self._make(parent, name, mode, uid, gid, 0, extra, len(target))
 
@@ -314,7 +387,7 @@ class Filesystem:
         uid: int,
         gid: int,
         rdev: int,
-        extra: list[Effect],
+        extra: list[Change],
         size: int = 0,
     ) -> Inode:
         directory = self._directory(parent)
@@ -328,12 +401,32 @@ class Filesystem:
         self._room(2 * BLOCK)
         now = self._clock()
         ino, links = self.next_ino, 2 if is_dir else 1
+        if not stat.S_ISLNK(mode):
+            mode, inherited = self._inherit(parent, mode, ino)
+            extra = [*extra, *inherited]
         above = parent if is_dir else 0
         inode = Inode(ino, mode, links, uid, gid, size, now, now, now, rdev, above)
         changed = _touched(directory, now, nlink=directory.nlink + is_dir)
         entry = _entry_put(parent, cookie, name, inode)
-        self._commit([_put(inode), *extra, entry, _put(changed), Usage(size, 1)])
+        self._commit([inode, *extra, entry, changed, Usage(size, 1)])
+        if not extra:
+            self._memo.xattrs[ino] = {}
         return inode
+
+    def _inherit(self, parent: int, mode: int, ino: int) -> tuple[int, list[Change]]:
+        """The mode and access control lists of something made in a directory with a default."""
+        found = self.xattrs(parent).get(acl.DEFAULT)
+        if found is None:
+            return mode, []
+        default = Acl.decode(found[1])
+        access = default.inherited(mode)
+        lists = {} if access.is_minimal else {acl.ACCESS: access.encode()}
+        if stat.S_ISDIR(mode):
+            lists[acl.DEFAULT] = found[1]
+        return mode & ~0o777 | access.mode, [
+            self._xattr_put(ino, self._names.slots(name)[0], name, value)
+            for name, value in lists.items()
+        ]
 
     def readlink(self, ino: int) -> bytes:
         """The target of a symbolic link; EINVAL if it is none."""
@@ -354,9 +447,9 @@ class Filesystem:
             raise fail(errno.EMLINK)
         self._room(2 * BLOCK)
         now = self._clock()
-        new = replace(inode, nlink=inode.nlink + 1, ctime=now)
+        new = inode._replace(nlink=inode.nlink + 1, ctime=now)
         entry = _entry_put(parent, cookie, name, new)
-        self._commit([_put(new), entry, _put(_touched(directory, now))])
+        self._commit([new, entry, _touched(directory, now)])
         return new
 
     def unlink(self, parent: int, name: bytes) -> None:
@@ -368,7 +461,7 @@ class Filesystem:
         now = self._clock()
         effects = self._unname(inode, now)
         gone = Put(key(parent, ItemKind.DIRENT, entry.cookie), None)
-        self._commit([*effects, gone, _put(_touched(directory, now))])
+        self._commit([*effects, gone, _touched(directory, now)])
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory; ENOENT, ENOTDIR, ENOTEMPTY."""
@@ -383,7 +476,7 @@ class Filesystem:
         effects = self._unname(inode, now)
         gone = Put(key(parent, ItemKind.DIRENT, entry.cookie), None)
         changed = _touched(directory, now, nlink=directory.nlink - 1)
-        self._commit([*effects, gone, _put(changed)])
+        self._commit([*effects, gone, changed])
 
     def rename(
         self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int = 0
@@ -419,7 +512,7 @@ class Filesystem:
     ) -> None:
         now = self._clock()
         links = Counter({old_parent: 0, new_parent: 0})
-        effects: list[Effect] = [Put(key(old_parent, ItemKind.DIRENT, old.cookie), None)]
+        effects: list[Change] = [Put(key(old_parent, ItemKind.DIRENT, old.cookie), None)]
         if target is not None:
             victim = self.getattr(target.ino)
             self._replaceable(moved, victim)
@@ -433,7 +526,7 @@ class Filesystem:
             links[old_parent] -= 1
             links[new_parent] += 1
         above = new_parent if moved.is_dir else 0
-        effects.append(_put(replace(moved, ctime=now, parent=above)))
+        effects.append(moved._replace(ctime=now, parent=above))
         effects.append(_entry_put(new_parent, cookie, new_name, moved))
         self._commit([*effects, *self._relinked(links, now)])
 
@@ -454,17 +547,17 @@ class Filesystem:
         links[new_parent] += shift
         self._commit(
             [
-                _put(replace(moved, ctime=now, parent=new_parent if moved.is_dir else 0)),
-                _put(replace(other, ctime=now, parent=old_parent if other.is_dir else 0)),
+                moved._replace(ctime=now, parent=new_parent if moved.is_dir else 0),
+                other._replace(ctime=now, parent=old_parent if other.is_dir else 0),
                 _entry_put(new_parent, target.cookie, target.name, moved),
                 _entry_put(old_parent, old.cookie, old.name, other),
                 *self._relinked(links, now),
             ]
         )
 
-    def _relinked(self, links: Counter[int], now: int) -> list[Effect]:
+    def _relinked(self, links: Counter[int], now: int) -> list[Change]:
         directories = [(self._directory(ino), more) for ino, more in links.items()]
-        return [_put(_touched(d, now, nlink=d.nlink + more)) for d, more in directories]
+        return [_touched(d, now, nlink=d.nlink + more) for d, more in directories]
 
     def _replaceable(self, moved: Inode, victim: Inode) -> None:
         if victim.is_dir and not moved.is_dir:
@@ -485,15 +578,16 @@ class Filesystem:
         if self.readdir(ino, -1, 1):
             raise fail(errno.ENOTEMPTY)
 
-    def _unname(self, inode: Inode, now: int) -> list[Effect]:
+    def _unname(self, inode: Inode, now: int) -> list[Change]:
         """The effects on an inode of losing one name."""
         left = 0 if inode.is_dir else inode.nlink - 1
         if left:
-            return [_put(replace(inode, nlink=left, ctime=now))]
+            return [inode._replace(nlink=left, ctime=now)]
         if self._lookups[inode.ino]:
+            self._orphaned.add(inode.ino)
             orphan = Put(key(0, ItemKind.ORPHAN, inode.ino), b"")
-            return [_put(replace(inode, nlink=0, ctime=now)), orphan]
-        return _remove(inode)
+            return [inode._replace(nlink=0, ctime=now), orphan]
+        return [*_remove(inode)]
 
     def _directory(self, ino: int) -> Inode:
         inode = self.getattr(ino)
@@ -510,12 +604,25 @@ class Filesystem:
     def _find(self, parent: int, name: bytes) -> Dirent | None:
         if len(name) > MAX_NAME:
             raise fail(errno.ENAMETOOLONG)
-        for raw, value in self._view.scan(*self._span(parent, ItemKind.DIRENT, name)):
-            entry = Dirent.decode(split_key(raw)[2], value)
+        for entry in self._bucket(parent, name):
             if entry.name == name:
                 return entry
         self._directory(parent)
         return self._below.hidden(parent, name)
+
+    def _bucket(self, parent: int, name: bytes) -> tuple[Dirent, ...]:
+        """The entries whose names have this name's hash."""
+        first, last = self._names.slots(name)
+        memo = self._memo.at(self._below.state)
+        found = memo.names.get((parent, first))
+        if found is None:
+            low, high = key(parent, ItemKind.DIRENT, first), key(parent, ItemKind.DIRENT, last)
+            found = tuple(
+                Dirent.decode(split_key(raw)[2], value) for raw, value in self._view.scan(low, high)
+            )
+            memo.names[parent, first] = found
+            memo.trim()
+        return found
 
     def _free_cookie(self, parent: int, name: bytes) -> int:
         """A cookie for a new name; EEXIST if it is there already."""
@@ -523,22 +630,14 @@ class Filesystem:
             raise fail(errno.EINVAL)
         if name in (b".", b"..") or self._find(parent, name) is not None:
             raise fail(errno.EEXIST)
-        return self._free_place(parent, ItemKind.DIRENT, name)
+        return self._free_place(name, {entry.cookie for entry in self._bucket(parent, name)})
 
-    def _span(self, ino: int, kind: ItemKind, name: bytes) -> tuple[bytes, bytes]:
-        """[lo, hi) of the keys that an inode's item of this name can have."""
-        first, last = self._names.slots(name)
-        return key(ino, kind, first), key(ino, kind, last)
-
-    def _free_place(self, ino: int, kind: ItemKind, name: bytes) -> int:
-        """The first offset that no item of a name with the same hash has; ENOSPC."""
-        taken = {split_key(raw)[2] for raw, _ in self._view.scan(*self._span(ino, kind, name))}
-        free = next(
-            (place for place in range(*self._names.slots(name)) if place not in taken), None
-        )
-        if free is None:
-            raise fail(errno.ENOSPC)
-        return free
+    def _free_place(self, name: bytes, taken: set[int]) -> int:
+        """The first offset for this name that no other with the same hash has; ENOSPC."""
+        for place in range(*self._names.slots(name)):
+            if place not in taken:
+                return place
+        raise fail(errno.ENOSPC)
 
     # -- data ------------------------------------------------------------------------
 
@@ -556,16 +655,26 @@ class Filesystem:
         whole = b"".join(block.ljust(BLOCK, b"\0") for block in blocks)
         return whole[start : start + size]
 
-    def write(self, ino: int, offset: int, data: bytes) -> int:
-        """Write all of `data` at an offset; its length. EFBIG, ENOSPC."""
+    def write(self, ino: int, offset: int, data: bytes, *, stamp: bool = True) -> int:
+        """Write all of `data` at an offset; its length. EFBIG, ENOSPC.
+
+        Without `stamp` the times stay: whoever caches writes tells them with setattr.
+        """
         inode = self.getattr(ino)
         end = offset + len(data)
         if end > MAX_OFFSET:
             raise fail(errno.EFBIG)
         self._room(len(data))
-        now = self._clock()
-        new = replace(inode, size=max(inode.size, end), mtime=now, ctime=now)
-        effects: list[Effect] = [Write(ino, offset, data, _blocks(inode.size)), _put(new)]
+        new = inode
+        if end > inode.size or inode.mode & _LENT:
+            size, mode = max(inode.size, end), unprivileged(inode.mode)
+            new = inode._replace(size=size, mode=mode)
+        if stamp:
+            now = self._clock()
+            new = new._replace(mtime=now, ctime=now)
+        effects: list[Change] = [Write(ino, offset, data, _blocks(inode.size))]
+        if new is not inode:
+            effects.append(new)
         if new.size != inode.size:
             effects.append(Usage(new.size - inode.size, 0))
         self._commit(effects)
@@ -573,16 +682,29 @@ class Filesystem:
 
     # -- extended attributes -----------------------------------------------------------
 
+    def xattrs(self, ino: int) -> Xattrs:
+        """All of an inode's extended attributes; Missing."""
+        memo = self._memo.at(self._below.state)
+        found = memo.xattrs.get(ino)
+        if found is None:
+            found = {}
+            for raw, item in self._view.scan(*kind_range(ino, ItemKind.XATTR)):
+                name, value = decode_xattr(item)
+                found[name] = split_key(raw)[2], value
+            memo.xattrs[ino] = found
+            memo.trim()
+        return found
+
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """The value; ENODATA."""
-        found = self._find_xattr(ino, name)
+        found = self.xattrs(ino).get(name)
         if found is None:
             raise fail(errno.ENODATA)
         return found[1]
 
     def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
         """Set one; EEXIST and ENODATA by flags, ENOSPC when it is over 7,500 bytes."""
-        inode, found = self.getattr(ino), self._find_xattr(ino, name)
+        inode, found = self.getattr(ino), self.xattrs(ino).get(name)
         if flags & XATTR_CREATE and found:
             raise fail(errno.EEXIST)
         if flags & XATTR_REPLACE and not found:
@@ -591,47 +713,80 @@ class Filesystem:
             raise fail(errno.ERANGE)
         if len(name) + len(value) > MAX_XATTR:
             raise fail(errno.ENOSPC)
-        self._room(2 * BLOCK)
-        place = found[0] if found else self._free_place(ino, ItemKind.XATTR, name)
-        item = Put(key(ino, ItemKind.XATTR, place), encode_xattr(name, value))
-        self._commit([item, _put(replace(inode, ctime=self._clock()))])
+        self._commit([*self._xattr_set(ino, name, value), inode._replace(ctime=self._clock())])
+
+    def set_acl(self, ino: int, name: bytes, value: bytes, *, keep_setgid: bool) -> None:
+        """Set an access control list, and the mode by it; EINVAL, EACCES, ENOSPC.
+
+        keep_setgid: whoever sets it is in the file's group, or may do as if.
+        """
+        inode = self.getattr(ino)
+        try:
+            given = Acl.decode(value)
+        except ValueError:
+            raise fail(errno.EINVAL) from None
+        if len(name) + len(value) > MAX_XATTR:
+            raise fail(errno.ENOSPC)
+        if name == acl.DEFAULT and not inode.is_dir:
+            raise fail(errno.EACCES)
+        new = inode._replace(ctime=self._clock())
+        if name == acl.ACCESS:
+            mode = inode.mode & ~0o777 | given.mode
+            new = new._replace(mode=mode if keep_setgid else mode & ~stat.S_ISGID)
+        if name == acl.ACCESS and given.is_minimal:
+            found = self.xattrs(ino).get(name)
+            effects: list[Change] = []
+            if found is not None:
+                effects.append(Put(key(ino, ItemKind.XATTR, found[0]), None))
+        else:
+            effects = self._xattr_set(ino, name, value)
+        self._commit([*effects, new])
 
     def listxattr(self, ino: int) -> list[bytes]:
         """The names."""
         self.getattr(ino)
-        return [decode_xattr(v)[0] for _, v in self._view.scan(*kind_range(ino, ItemKind.XATTR))]
+        return list(self.xattrs(ino))
 
     def removexattr(self, ino: int, name: bytes) -> None:
         """Remove one; ENODATA."""
-        inode, found = self.getattr(ino), self._find_xattr(ino, name)
+        inode, found = self.getattr(ino), self.xattrs(ino).get(name)
         if found is None:
             raise fail(errno.ENODATA)
         item = Put(key(ino, ItemKind.XATTR, found[0]), None)
-        self._commit([item, _put(replace(inode, ctime=self._clock()))])
+        self._commit([item, inode._replace(ctime=self._clock())])
 
-    def _find_xattr(self, ino: int, name: bytes) -> tuple[int, bytes] | None:
-        for raw, value in self._view.scan(*self._span(ino, ItemKind.XATTR, name)):
-            found, content = decode_xattr(value)
-            if found == name:
-                return split_key(raw)[2], content
-        return None
+    def _xattr_set(self, ino: int, name: bytes, value: bytes) -> list[Change]:
+        self._room(2 * BLOCK)
+        found = self.xattrs(ino)
+        if name in found:
+            place = found[name][0]
+        else:
+            place = self._free_place(name, {taken for taken, _ in found.values()})
+        return [self._xattr_put(ino, place, name, value)]
+
+    def _xattr_put(self, ino: int, place: int, name: bytes, value: bytes) -> Put:
+        return Put(key(ino, ItemKind.XATTR, place), encode_xattr(name, value))
 
     # -- effects ---------------------------------------------------------------------
 
-    def _commit(self, effects: list[Effect]) -> None:
+    def _commit(self, changes: Sequence[Change]) -> None:
         """The one way to change anything: first the log, then memory. EROFS for snapshots."""
+        inodes = [change for change in changes if type(change) is Inode]
+        effects = [_effect(change) for change in changes]
         if any(in_snapshot(_inode_of(effect)) for effect in effects):
             raise fail(errno.EROFS)
         self._log.append(effects)
+        self.position += 1
         self._take(effects)
+        for inode in inodes:
+            self._memo.inodes[inode.ino] = inode
 
     def _take(self, effects: list[Effect]) -> None:
         for effect in effects:
             self.active.apply(effect)
-            if isinstance(effect, Put):
-                ino, kind, _ = split_key(effect.key)
-                if kind == ItemKind.INODE:
-                    self.next_ino = max(self.next_ino, ino + 1)
+            ino = self._memo.note(effect)
+            if ino >= self.next_ino:
+                self.next_ino = ino + 1
 
     def _restack(self) -> None:
         layers = [self.active] if self.frozen is None else [self.active, self.frozen]
@@ -647,8 +802,18 @@ def _inode_of(effect: Effect) -> int:
     return 0  # nothing else comes without one of these
 
 
-def _put(inode: Inode) -> Put:
-    return Put(key(inode.ino, ItemKind.INODE), inode.encode())
+def unprivileged(mode: int) -> int:
+    """The mode of a file whose content or owner changed: it does not lend its owner's rights."""
+    if not mode & _LENT:
+        return mode
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode
+
+
+def _effect(change: Change) -> Effect:
+    if type(change) is Inode:
+        return Put(key(change.ino, ItemKind.INODE), change.encode())
+    return change  # type: ignore[return-value]
 
 
 def _entry_put(parent: int, cookie: int, name: bytes, inode: Inode) -> Put:
@@ -662,7 +827,7 @@ def _remove(inode: Inode) -> list[Effect]:
 
 def _touched(directory: Inode, now: int, nlink: int | None = None) -> Inode:
     links = directory.nlink if nlink is None else nlink
-    return replace(directory, mtime=now, ctime=now, nlink=links)
+    return directory._replace(mtime=now, ctime=now, nlink=links)
 
 
 def _blocks(size: int) -> int:

@@ -16,7 +16,7 @@ Invariants
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -125,23 +125,7 @@ class Layer:
 
     def apply(self, effect: Effect) -> None:
         """Make one change."""
-        match effect:
-            case Put(key, value):
-                self.weight += _ITEM_COST + len(value or b"")
-                self.items[key] = value
-            case Write(ino, offset, data, fresh):
-                self._write(ino, offset, data, fresh)
-            case Usage(size, files):
-                self.usage_bytes += size
-                self.usage_files += files
-            case Cut(ino, block):
-                self._drop_blocks(ino, block)
-                self.cuts[ino] = min(block, self.cuts.get(ino, block))
-            case Gone(ino):
-                self._drop_blocks(ino, 0)
-                self._drop_items(*inode_range(ino))
-                self.cuts.pop(ino, None)
-                self.gone.add(ino)
+        _APPLY[type(effect)](self, *effect)
 
     def hides(self, key: bytes) -> bool:
         """Whether an item of a lower layer is removed by a cut or a gone mark of this one."""
@@ -180,6 +164,24 @@ class Layer:
             yield kind_range(ino, ItemKind.EXTENT, block * BLOCK)
             yield kind_range(ino, ItemKind.INLINE, block * BLOCK)
 
+    def _put(self, key: bytes, value: bytes | None) -> None:
+        self.weight += _ITEM_COST + len(value or b"")
+        self.items[key] = value
+
+    def _use(self, size: int, files: int) -> None:
+        self.usage_bytes += size
+        self.usage_files += files
+
+    def _cut(self, ino: int, block: int) -> None:
+        self._drop_blocks(ino, block)
+        self.cuts[ino] = min(block, self.cuts.get(ino, block))
+
+    def _remove(self, ino: int) -> None:
+        self._drop_blocks(ino, 0)
+        self._drop_items(*inode_range(ino))
+        self.cuts.pop(ino, None)
+        self.gone.add(ino)
+
     def _write(self, ino: int, offset: int, data: bytes, fresh: int) -> None:
         blocks = self.blocks.setdefault(ino, {})
         view = memoryview(data)
@@ -207,3 +209,12 @@ class Layer:
     def _drop_items(self, low: bytes, high: bytes) -> None:
         for key in list(self.items.irange(low, high, inclusive=(True, False))):
             self.weight -= _ITEM_COST + len(self.items.pop(key) or b"")
+
+
+_APPLY: dict[type[Effect], Callable[..., None]] = {
+    Put: Layer._put,
+    Gone: Layer._remove,
+    Cut: Layer._cut,
+    Write: Layer._write,
+    Usage: Layer._use,
+}

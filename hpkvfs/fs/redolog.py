@@ -4,9 +4,14 @@ Files `redo.N`, N counting up; a published anchor says up to which N it covers. 
 
     "HPKVREDO" version(1) number(8) previous(8) records(4) salt(16), then records
     record: u32 length || ChaCha20-Poly1305(key, nonce = record index, msgpack [effect, ...])
+    then zeros, to the end of what was written ahead
     key = HMAC-SHA256(redo key, header)
 
 `previous` is the file that had the record before this file's first, `records` how many it had.
+
+The zeros are written a step ahead: a sync of small records then overwrites blocks that the
+file has, and nothing about the file changes that the disk's filesystem must write down too
+(on ext4 a third to a half of the time). A large record is appended as it is.
 
 Invariants
   - one record is one operation: it is there whole or not at all;
@@ -42,6 +47,7 @@ _MAGIC = b"HPKVREDO"
 _VERSION = 2
 _HEADER = struct.Struct(">8sBQQI16s")
 _LENGTH = struct.Struct(">I")
+_ZEROS = bytes(1 << 17)
 _EFFECTS: tuple[type[Effect], ...] = (Put, Gone, Cut, Write, Usage)
 _CODE: dict[type[Effect], int] = {kind: code for code, kind in enumerate(_EFFECTS)}
 
@@ -59,6 +65,7 @@ class RedoLog:
         self._records = 0
         self._size = 0
         self._last = (0, 0)
+        self._zeroed = 0
         self.number = 0
 
     def replay(self, covered: int) -> Iterator[list[Effect]]:
@@ -79,17 +86,21 @@ class RedoLog:
         assert self._cipher is not None and self._fd is not None
         body = msgpack.packb([(_CODE[type(e)], *e) for e in effects], use_bin_type=True)
         sealed = self._cipher.encrypt(self._records.to_bytes(12, "big"), body, None)
-        record = _LENGTH.pack(len(sealed)) + sealed
+        size = _LENGTH.size + len(sealed)
         try:
-            written = os.write(self._fd, record)
-            if written != len(record):
+            parts = [_LENGTH.pack(len(sealed)), sealed]
+            if self._size + size > self._zeroed and size < len(_ZEROS):
+                parts.append(_ZEROS)
+                self._zeroed = self._size + size + len(_ZEROS)
+            written = os.pwritev(self._fd, parts, self._size)
+            if written < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             os.ftruncate(self._fd, self._size)
             self.rotate()
             raise
         self._records += 1
-        self._size += len(record)
+        self._size += size
         self._last = (self.number, self._records)
 
     def syncer(self) -> Callable[[], None]:
@@ -131,7 +142,7 @@ class RedoLog:
     def _open(self) -> None:
         self.number += 1
         salt = self._rng(16)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._fd = os.open(self._path(self.number), flags, 0o600)
         header = _HEADER.pack(_MAGIC, _VERSION, self.number, *self._last, salt)
         try:
@@ -141,7 +152,7 @@ class RedoLog:
             self.rotate()
             raise
         self._cipher = self._cipher_of(header)
-        self._records, self._size = 0, len(header)
+        self._records, self._size, self._zeroed = 0, len(header), len(header)
 
     def _cipher_of(self, header: bytes) -> ChaCha20Poly1305:
         return ChaCha20Poly1305(hmac.digest(self._key, header, hashlib.sha256))
@@ -159,6 +170,8 @@ class RedoLog:
         at, index = _HEADER.size, 0
         while at + _LENGTH.size <= len(raw):
             end = at + _LENGTH.size + _LENGTH.unpack_from(raw, at)[0]
+            if end == at + _LENGTH.size:
+                return
             try:
                 body = cipher.decrypt(index.to_bytes(12, "big"), raw[at + _LENGTH.size : end], None)
             except InvalidTag:

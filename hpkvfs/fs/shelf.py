@@ -23,7 +23,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Protocol
 
 from hpkvfs.fs.layer import Effect
@@ -50,6 +49,11 @@ Pair = tuple[bytes, bytes]
 
 class Tree(Protocol):
     """What the shelf needs of the volume; every method may raise types.Missing."""
+
+    @property
+    def known(self) -> object:
+        """The newest generation; another object when it is another one."""
+        ...
 
     def get(self, key: bytes) -> bytes | None:
         """An item of the newest tree."""
@@ -88,6 +92,11 @@ class Shelf:
         self.shown = shown and only is None
         self._slots: dict[int, Snapshot] = {}
         self._slot_of: dict[tuple[str, int], int] = {}
+
+    @property
+    def state(self) -> object:
+        """Another object when something in the tree is another than before."""
+        return self._tree.known
 
     def get(self, key: bytes) -> bytes | None:
         """An item's value; Missing."""
@@ -201,11 +210,11 @@ def _lift(kind: int, value: bytes, slot: int) -> bytes:
     """A value of a snapshot's tree with the inode numbers that it has outside."""
     if kind == ItemKind.DIRENT:
         entry = Dirent.decode(0, value)
-        return replace(entry, ino=entry.ino | slot << SLOT_SHIFT).encode()
+        return entry._replace(ino=entry.ino | slot << SLOT_SHIFT).encode()
     if kind == ItemKind.INODE:
         inode = Inode.decode(0, value)
         if inode.parent:
-            return replace(inode, parent=inode.parent | slot << SLOT_SHIFT).encode()
+            return inode._replace(parent=inode.parent | slot << SLOT_SHIFT).encode()
     return value
 
 

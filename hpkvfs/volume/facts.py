@@ -10,7 +10,7 @@ from __future__ import annotations
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from hpkvfs.errors import CorruptBlob
 from hpkvfs.types import BlobRef
@@ -142,10 +142,10 @@ def _judge_entries(facts: Facts, paths: Paths) -> Iterator[Finding]:
         if inode is None:
             yield Finding(f"{path}: leads to inode {entry.ino}, which is not there", {place: None})
         elif file_type(inode.mode) != entry.type:
-            right = replace(entry, type=file_type(inode.mode)).encode()
+            right = entry._replace(type=file_type(inode.mode)).encode()
             yield Finding(f"{path}: its entry tells a wrong type", {place: right})
         elif inode.is_dir and inode.parent != parent:
-            mended = replace(inode, parent=parent).encode()
+            mended = inode._replace(parent=parent).encode()
             edits = {key(inode.ino, ItemKind.INODE): mended}
             if named[inode.ino] > 1:
                 edits = {place: None}
@@ -178,7 +178,7 @@ def _judge_inodes(facts: Facts, paths: Paths) -> Iterator[Finding]:
 
 
 def _links(inode: Inode, expected: int, path: str) -> Finding:
-    edits: Edits = {key(inode.ino, ItemKind.INODE): replace(inode, nlink=expected).encode()}
+    edits: Edits = {key(inode.ino, ItemKind.INODE): inode._replace(nlink=expected).encode()}
     return Finding(f"{path}: has link count {inode.nlink}, expected {expected}", edits)
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -31,7 +30,7 @@ MAX_NAME = 255
 MAX_XATTR = 7_500
 MAX_SYMLINK = 4_095
 MAX_OFFSET = (1 << 63) - 1
-_CHAIN = 128
+CHAIN = 128
 
 _KEY = struct.Struct(">QBQ")
 
@@ -72,8 +71,7 @@ def inode_range(ino: int) -> tuple[bytes, bytes]:
     return _KEY.pack(ino, 0, 0), _KEY.pack(ino + 1, 0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Inode:
+class Inode(NamedTuple):
     """What stat(2) tells. Times in ns since 1970; `parent` is set for directories only."""
 
     ino: int
@@ -100,20 +98,7 @@ class Inode:
 
     def encode(self) -> bytes:
         """The item's value; the number is in its key."""
-        return _pack(
-            [
-                self.mode,
-                self.nlink,
-                self.uid,
-                self.gid,
-                self.size,
-                self.atime,
-                self.mtime,
-                self.ctime,
-                self.rdev,
-                self.parent,
-            ]
-        )
+        return _pack(self[1:])
 
     @classmethod
     def decode(cls, ino: int, raw: bytes) -> Inode:
@@ -122,8 +107,7 @@ class Inode:
         return cls(ino, *fields)
 
 
-@dataclass(frozen=True, slots=True)
-class Dirent:
+class Dirent(NamedTuple):
     """One name in a directory. `cookie` is its place: stable for as long as it exists."""
 
     name: bytes
@@ -179,12 +163,20 @@ class NameHash:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
+        self._last = (b"", (0, 0))
 
     def slots(self, name: bytes) -> tuple[int, int]:
         """[first, last) cookies that this name can have; all are below 2^63."""
+        last, places = self._last
+        if name != last or not last:  # the kernel looks a name up before it makes it
+            places = self._slots(name)
+            self._last = (name, places)
+        return places
+
+    def _slots(self, name: bytes) -> tuple[int, int]:
         digest = blake2b(name, digest_size=7, key=self._secret).digest()
-        first = int.from_bytes(digest, "big") * _CHAIN
-        return first, first + _CHAIN
+        first = int.from_bytes(digest, "big") * CHAIN
+        return first, first + CHAIN
 
 
 def trim(block: bytes) -> bytes:
@@ -192,7 +184,7 @@ def trim(block: bytes) -> bytes:
     return bytes(block).rstrip(b"\0")
 
 
-def _pack(fields: list[Any]) -> bytes:
+def _pack(fields: Sequence[Any]) -> bytes:
     packed: bytes = _packer.pack(fields)
     return packed
 

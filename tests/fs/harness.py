@@ -96,6 +96,9 @@ class Client:
     async def load(self, missing: Missing) -> None:
         await self.volume.load(missing)
 
+    def is_crowded(self, size: int) -> bool:
+        return False
+
     async def admit(self, size: int) -> None:
         pass
 

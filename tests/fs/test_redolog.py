@@ -50,7 +50,7 @@ def test_a_file_that_lost_its_end_is_not_followed_by_the_next(tmp_path: Path, cu
     """Power may fail when the older file is not on the disk and the newer one is."""
     written(tmp_path, range(3), range(3, 5))
     path = tmp_path / "redo.1"
-    path.write_bytes(path.read_bytes()[:-cut])
+    path.write_bytes(path.read_bytes().rstrip(b"\0")[:-cut])
     found = replayed(tmp_path)
     assert found == list(range(len(found))) and len(found) < 3
 
@@ -58,7 +58,7 @@ def test_a_file_that_lost_its_end_is_not_followed_by_the_next(tmp_path: Path, cu
 def test_what_is_written_after_a_loss_is_replayed_in_place_of_what_was_lost(tmp_path: Path) -> None:
     written(tmp_path, range(3), range(3, 5))
     path = tmp_path / "redo.1"
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes().rstrip(b"\0")[:-1])
     written(tmp_path, range(10, 12))
     assert replayed(tmp_path) == [0, 1, 10, 11]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,10 +70,20 @@ class Disk:
 
     def _lose_unsynced(self, file: File) -> None:
         length = len(file.data)
-        if length > len(file.synced):
-            kept = self._chance.randint(len(file.synced), length)
+        same = next(
+            (
+                at
+                for at, (new, old) in enumerate(zip(file.data, file.synced, strict=False))
+                if new != old
+            ),
+            min(length, len(file.synced)),
+        )
+        end = max(same, len(file.data.rstrip(b"\0")))  # the zeros written ahead say nothing
+        if end > same:
+            kept = self._chance.randint(same, end)
             zeros = self._chance.choice([0, 0, length - kept])
-            file.data = file.data[:kept] + bytes(zeros)
+            # what was overwritten is as it was synced; what was appended is gone, or zeros
+            file.data = file.data[:kept] + (file.synced[kept:] or bytes(zeros))
         elif length < len(file.synced):
             file.data = bytearray(file.synced)
         file.synced = bytes(file.data)
@@ -106,7 +116,7 @@ class DiskOs:
     """As much of the module os as a redo log uses, on Disks."""
 
     O_WRONLY, O_CREAT, O_EXCL = os.O_WRONLY, os.O_CREAT, os.O_EXCL
-    O_APPEND, O_CLOEXEC = os.O_APPEND, os.O_CLOEXEC
+    O_CLOEXEC = os.O_CLOEXEC
     O_RDONLY, O_DIRECTORY = os.O_RDONLY, os.O_DIRECTORY
     strerror = staticmethod(os.strerror)
 
@@ -131,15 +141,19 @@ class DiskOs:
 
     def write(self, fd: int, data: bytes) -> int:
         """Append; half of it when the disk is full."""
+        return self.pwritev(fd, [data], len(self._file(fd)[1].data))
+
+    def pwritev(self, fd: int, parts: Sequence[bytes], offset: int) -> int:
+        """Write at a place; half of it when the disk is full."""
         disk, file = self._file(fd)
         disk.check(Point.REDO_BEFORE)
-        half = len(data) // 2
+        data = b"".join(parts)
+        half = len(data.rstrip(b"\0")) // 2
+        file.data[offset : offset + half] = data[:half]
         if disk.full:
-            file.data += data[:half]
             return half
-        file.data += data[:half]
         disk.check(Point.REDO_TORN)
-        file.data += data[half:]
+        file.data[offset : offset + len(data)] = data
         disk.check(Point.REDO_AFTER)
         return len(data)
 

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "credentials": "proofs, issuance and their sizes, without disk or network",
     "store": "blobs inserted, looked up and deleted at a local server, per second",
     "server": "paid requests a second, 1 and 2 workers, on SQLite and PostgreSQL",
+    "fs": "what programs do, beside gocryptfs, cryfs, s3ql and a pass-through (root; minutes)",
     "space": "blobs that real trees cost: doc_ratio (at most 1.15), small_blobs (at most 100)",
     "simulate": "10,000 simulated lives of a client and its server: failures (must be 0)",
 }
@@ -27,13 +28,16 @@ HELP = "\b\n" + "\n".join(f"{name:<13}{what}" for name, what in BENCHMARKS.items
     "bench",
     context_settings={"help_option_names": ["-h", "--help"]},
     help=f"Measure one of:\n\n{HELP}",
-    epilog="Examples: tools/bench space;  tools/bench store --json | tail -n 1 | jq .",
+    epilog="Examples: tools/bench space;  tools/bench store --json | tail -n 1 | jq .;  "
+    "tools/bench fs --only hpkvfs --only s3ql --only untar",
 )
 @click.argument("name", type=click.Choice(list(BENCHMARKS)))
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON, not a table.")
-def main(name: str, as_json: bool) -> None:
+@click.option("--only", multiple=True, help="fs: a peer, or the beginning of a row.")
+def main(name: str, as_json: bool, only: tuple[str, ...]) -> None:
     """Run one benchmark and print its figures."""
-    figures = importlib.import_module(f"tools.benchmarks.{name}").run(as_json)
+    module = importlib.import_module(f"tools.benchmarks.{name}")
+    figures = module.run(as_json, only) if only else module.run(as_json)
     if as_json:
         click.echo(json.dumps(figures))
     else:

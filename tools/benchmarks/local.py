@@ -20,6 +20,7 @@ class Server:
     data: Path
     host: str
     port: int
+    pid: int
 
     @property
     def address(self) -> str:
@@ -48,7 +49,7 @@ def local_server(data: Path) -> Iterator[Server]:
             host, _, port = ready.readline().strip().rpartition(":")
         if not port:
             raise RuntimeError("the server did not start")
-        yield Server(data, host, int(port))
+        yield Server(data, host, int(port), process.pid)
     finally:
         process.terminate()
         process.wait(STOP_SECONDS)
