@@ -101,7 +101,7 @@ class Anchor:
         try:
             _, generation, writer, redo, time, root, kept, *rest = fields
             next_id, next_ino, live, size, files, dead, tables, horizon, held, held_before = rest
-            return cls(
+            anchor = cls(
                 generation,
                 writer,
                 redo,
@@ -119,8 +119,12 @@ class Anchor:
                 DeadList.decode(held),
                 held_before,
             )
+            canonical = anchor.encode() == payload and min(f for f in fields if type(f) is int) >= 0
         except (ValueError, TypeError):
             raise CorruptBlob("an anchor is damaged") from None
+        if not canonical:
+            raise CorruptBlob("an anchor is damaged")
+        return anchor
 
 
 def _other_format(found: object) -> VaultError:

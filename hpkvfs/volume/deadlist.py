@@ -107,10 +107,12 @@ def _page(level: int, count: int, body: bytes) -> bytes:
 
 def read_page(payload: bytes, level: int) -> tuple[list[Dead], list[BlobRef]]:
     """(entries, pages one level down) of a page of this level; CorruptBlob if it is none."""
+    if len(payload) != PAYLOAD_SIZE:
+        raise CorruptBlob(f"a page of the dead list has {PAYLOAD_SIZE} bytes, not {len(payload)}")
     found, count = _HEADER.unpack_from(payload)
     size = count * (ENTRY_SIZE if level == 1 else REF_SIZE)
-    body = payload[_HEADER.size : _HEADER.size + size]
-    if found != level or len(body) != size:
+    body, padding = payload[_HEADER.size :][:size], payload[_HEADER.size + size :]
+    if found != level or not level or len(body) != size or any(padding):
         raise CorruptBlob("a page of the dead list is damaged")
     if level == 1:
         return list(_split_entries(body)), []

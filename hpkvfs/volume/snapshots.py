@@ -126,9 +126,10 @@ def decode_table(payload: bytes) -> list[Snapshot]:
     end = _LENGTH + int.from_bytes(payload[:_LENGTH], "big")
     try:
         forms = msgpack.unpackb(payload[_LENGTH:end], raw=False)
-        if any(payload[end:]):
-            raise ValueError("trailing bytes")
-        return [Snapshot.decode(form) for form in forms]
+        snapshots = [Snapshot.decode(form) for form in forms]
+        if encode_tables(snapshots) != [payload]:
+            raise ValueError("not encoded canonically")
+        return snapshots
     except (ValueError, TypeError, msgpack.UnpackException):
         raise CorruptBlob("a table of snapshots is damaged") from None
 

@@ -323,8 +323,11 @@ class Journal:
     # Inside: rows.
 
     def _read(self, table: str) -> Iterator[tuple[Any, bytes]]:
-        for name, sealed in self._database.execute(f"SELECT * FROM {table} ORDER BY 1"):
-            yield name, self._open(table, name, sealed)
+        try:
+            for name, sealed in self._database.execute(f"SELECT * FROM {table} ORDER BY 1"):
+                yield name, self._open(table, name, sealed)
+        except sqlite3.DatabaseError as error:
+            raise _damaged() from error
 
     def _read_receipts(self) -> Iterator[tuple[int, tuple[Operation, bytes]]]:
         return ((seq, rows.unpack_receipt(row)) for seq, row in self._read("receipts"))

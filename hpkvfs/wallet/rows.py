@@ -65,6 +65,8 @@ def pack_receipt(operation: Operation, memo: bytes) -> bytes:
 def unpack_receipt(row: bytes) -> tuple[Operation, bytes]:
     """Inverse of pack_receipt."""
     operation, memo = _array(row)
+    if type(operation) is not int or not isinstance(memo, bytes):
+        raise TypeError("not a receipt")
     return Operation(operation), memo
 
 
