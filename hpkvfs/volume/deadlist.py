@@ -112,7 +112,7 @@ def read_page(payload: bytes, level: int) -> tuple[list[Dead], list[BlobRef]]:
     found, count = _HEADER.unpack_from(payload)
     size = count * (ENTRY_SIZE if level == 1 else REF_SIZE)
     body, padding = payload[_HEADER.size :][:size], payload[_HEADER.size + size :]
-    if found != level or not level or len(body) != size or any(padding):
+    if found != level or not level or len(body) != size or padding.strip(b"\0"):
         raise CorruptBlob("a page of the dead list is damaged")
     if level == 1:
         return list(_split_entries(body)), []
