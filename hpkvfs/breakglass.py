@@ -203,6 +203,7 @@ class Breakglass:
         self, epoch: EpochParameters, generation: Generation | None, counter: int
     ) -> None:
         self._store.release_reserve()
+        await self._store.gather()
         amounts = shares(self._store.spendable(epoch.digest), epoch.tariff.entry)
         await self._store.fill_reserve(epoch, amounts)
         contents = Contents(generation, tuple(one.credential for one in self._store.reserve))

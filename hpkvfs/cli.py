@@ -354,7 +354,7 @@ def balance(settings: Settings, as_json: bool) -> None:
     server can be reached.
     """
     result = settings.perform("balance", {}, "looking")
-    show(result, as_json, lambda r: f"{r['held']:,} tokens held, {r['pending']:,} pending")
+    show(result, as_json, ui.balance)
 
 
 # -- mounting --------------------------------------------------------------------------------

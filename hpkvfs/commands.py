@@ -109,6 +109,7 @@ class Commands:
             "pending": balance.pending,
             "total": balance.total,
             "way": self._way(),
+            "expired": self.session.store.expired,
         }
 
     async def _sync(self, arguments: Arguments, progress: Progress) -> Result:

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -140,7 +140,11 @@ async def perform(vault: Vault, name: str, arguments: Arguments, progress: Progr
             await vault.way.probe()
             if _is_lost(vault, session):
                 await session.recover()
-        return await Commands(session, vault.way.describe).run(name, arguments, progress)
+        result = await Commands(session, vault.way.describe).run(name, arguments, progress)
+        if name not in NEEDS_NO_TREE:
+            with suppress(StoreError):  # then the next command does it
+                await session.store.move_late()
+        return result
 
 
 async def recover(vault: Vault, voucher: str | None) -> Result:
@@ -328,7 +332,10 @@ async def _start(vault: Vault, session: Session, request: Mount) -> None:
         return
     try:
         await vault.way.probe()
+        expired = session.store.expired
         await session.connect()
+        if expired := session.store.expired - expired:
+            request.notice(f"{expired:,} tokens expired: their epoch ended while they were unused")
     except (SecondWriter, Misbehaviour) as error:
         if not request.read_only:
             raise

@@ -38,7 +38,7 @@ from hpkvfs.net.cache import BlobCache
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import PATIENCE_SECONDS, Dialer
 from hpkvfs.parallel import Scatter, each
-from hpkvfs.protocol.tariff import Operation, Tariff
+from hpkvfs.protocol.tariff import Operation
 from hpkvfs.state import StateDirectory
 from hpkvfs.types import (
     ANCHOR_BIT,
@@ -130,7 +130,6 @@ class Session:
         self._wake = trio.Event()
         self._settled = trio.Event()
         self._prefetches: trio.Nursery | None = None
-        self._tariff = Tariff()
         self.offline_because: HpkvError | None = None
         next_id = volume.known.anchor.next_id if volume.known else BlobId(0)
         self.publisher = Publisher(
@@ -214,7 +213,7 @@ class Session:
         return dirty * 17 // 16 // PAYLOAD_SIZE + 4 - self.publisher.stored_now
 
     def _affordable(self) -> int:
-        return self.store.balance.total // self._tariff.insert - RESERVED_BLOBS
+        return self.store.balance.total // self.store.tariff.insert - RESERVED_BLOBS
 
     # -- fs.publisher.Records ------------------------------------------------------------
 
@@ -313,7 +312,7 @@ class Session:
             if self._connected:
                 return
             try:
-                self._tariff = (await self.store.parameters()).tariff
+                await self.store.parameters()
                 receipts = await self.store.recover()
                 await self.store.prime()
                 if self.volume.known is not None:
@@ -441,6 +440,7 @@ class Session:
             await run(self, lambda ino=ino: self._fs.reclaim(ino))  # type: ignore[misc]
         if self.publisher.pending:
             await self.publish(progress)
+        await self.store.move_late()
 
     # -- commands ------------------------------------------------------------------------
 
@@ -491,11 +491,11 @@ class Session:
         """(blobs that a collection would delete, tokens it would regain), as far as published."""
         gone = sum(1 for ref in self.publisher.removed)
         count = max(0, self.volume.dead.count - gone)
-        return count, count * self._tariff.refund
+        return count, count * self.store.tariff.refund
 
     def refund(self, count: int) -> int:
         """Tokens for deleting so many blobs."""
-        return count * self._tariff.refund
+        return count * self.store.tariff.refund
 
     async def fsck(
         self,
@@ -510,7 +510,7 @@ class Session:
         """
         async with self._listing:
             await self.publish()
-            price = self._tariff.look_up
+            price = self.store.tariff.look_up
             limit = None if max_tokens is None or not price else max_tokens // price
             report = await fsck.fsck(
                 self.volume, extents=extents, progress=progress, limit=limit, shuffle=self._shuffle
@@ -557,6 +557,7 @@ class Session:
             "unpublished_bytes": totals.dirty,
             "tokens_held": balance.held,
             "tokens_pending": balance.pending,
+            "tokens_expired": self.store.expired,
             "free_blobs": self.space()[1],
             "connected": self._connected,
             "recovery": self.breakglass.report(),

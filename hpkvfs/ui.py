@@ -84,6 +84,16 @@ def notice(text: str) -> None:
     click.echo(f"hpkvfs: {text}", err=True)
 
 
+def balance(report: Mapping[str, Any]) -> str:
+    """`hpkvfs balance` for people."""
+    return _tokens(f"{report['held']:,} tokens", report["pending"], report["expired"])
+
+
+def _tokens(held: str, pending: int, expired: int) -> str:
+    text = f"{held} held, {pending:,} pending"
+    return f"{text}, {expired:,} expired" if expired else text
+
+
 def status(report: Mapping[str, Any], state: str, server: str) -> str:
     """`hpkvfs status` for people."""
     mounted = report.get("mounted")
@@ -102,7 +112,9 @@ def status(report: Mapping[str, Any], state: str, server: str) -> str:
         + (f", {factor} times the data" if factor else ""),
         "dead": f"{report['blobs_dead']:,} blobs; hpkvfs gc gives tokens for them",
         "unpublished": size(report["unpublished_bytes"]),
-        "tokens": f"{report['tokens_held']:,} held, {report['tokens_pending']:,} pending",
+        "tokens": _tokens(
+            f"{report['tokens_held']:,}", report["tokens_pending"], report["tokens_expired"]
+        ),
         "recovery": recovery(report["recovery"]),
         "room": f"{report['free_blobs']:,} blobs",
     }

@@ -24,7 +24,7 @@ import trio
 
 from hpkvfs.errors import Misbehaviour, Tagging
 from hpkvfs.net.line import Line
-from hpkvfs.net.refusals import out_of_place, refusal
+from hpkvfs.net.refusals import UnknownEpoch, out_of_place, refusal
 from hpkvfs.parallel import each
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.errors import ProtocolError
@@ -33,6 +33,7 @@ from hpkvfs.wallet.journal import Journal
 
 WITNESSES: Final = 3
 _ROUNDS: Final = 3
+_LONGEST_CHAIN: Final = 1_000
 _PREFIX: Final = "epoch/"
 _IDENTITY: Final = "identity"
 _HINT: Final = (
@@ -54,6 +55,7 @@ class Epochs:
             self._add(EpochParameters.decode(journal.meta(name) or b""))
         self._live: list[EpochParameters] = []
         self.digests: tuple[bytes, ...] = ()
+        self._tagging: Tagging | None = None
         self._asking = trio.Lock()
 
     def find(self, digest: bytes) -> EpochParameters | None:
@@ -70,8 +72,20 @@ class Epochs:
         """Number of the newest pinned epoch."""
         return max((one.number for one in self._known.values()), default=None)
 
+    def has_ended(self, digest: bytes) -> bool:
+        """Whether the server said, signed and to all witnesses, that it no longer uses this one."""
+        known = self._known.get(digest)
+        if known is None or not self._live or digest in self.digests:
+            return False
+        return known.number < self._live[-1].number
+
     async def newest(self) -> EpochParameters:
-        """The epoch that the server issues in; asked for when first needed."""
+        """The epoch that the server issues in; asked for when first needed.
+
+        Once there was Tagging, also in the background, there is nothing else.
+        """
+        if self._tagging is not None:
+            raise self._tagging
         if not self._live:
             async with self._asking:
                 if not self._live:
@@ -80,8 +94,15 @@ class Epochs:
 
     async def refresh(self) -> None:
         """Ask which epochs there are; Tagging if that is not what others, or we, were shown."""
+        try:
+            await self._refresh()
+        except Tagging as tagging:
+            self._tagging = tagging
+            raise
+
+    async def _refresh(self) -> None:
         reply = await self._agreed(None)
-        newest = self._accept(reply)
+        newest = await self._accept(reply)
         if reply.digests[-1] != newest.digest:
             raise Misbehaviour("the server's newest epoch is not the last of its list", _HINT)
         self.digests = reply.digests
@@ -92,7 +113,7 @@ class Epochs:
         """The epoch with this digest, pinned or asked for."""
         known = self._known.get(digest)
         if known is None:
-            known = self._accept(await self._agreed(digest))
+            known = await self._accept(await self._agreed(digest))
         if known.digest != digest:
             raise Misbehaviour("the server answered with another epoch than was asked for")
         return known
@@ -136,16 +157,39 @@ class Epochs:
 
     # Pinning.
 
-    def _accept(self, told: Parameters) -> EpochParameters:
-        """Check and pin what a server showed, and who it is."""
+    async def _accept(self, told: Parameters) -> EpochParameters:
+        """Check and pin what a server showed, with all that came since what is pinned."""
+        shown = _decode(told)
+        new = [shown]
+        while (oldest := new[-1]).digest not in self._known and self._is_after_known(oldest):
+            if len(new) > _LONGEST_CHAIN:
+                raise Misbehaviour("the server's epochs have no end", _HINT)
+            new.append(await self._before(oldest))
         self._pin_identity(told.identity)
+        for one in reversed(new):
+            if one.digest not in self._known:
+                self._pin(one)
+        return self._known[shown.digest]
+
+    async def _before(self, epoch: EpochParameters) -> EpochParameters:
         try:
-            shown = EpochParameters.decode(told.parameters)
-        except ProtocolError as error:
-            raise Misbehaviour("the server's parameters cannot be read", _OTHER) from error
-        pinned = self._known.get(shown.digest)
-        if pinned is not None:
-            return pinned
+            before = _decode(await self._agreed(epoch.previous))
+        except UnknownEpoch:
+            raise Tagging(
+                f"the server does not show the epoch before epoch {epoch.number}", _HINT
+            ) from None
+        if not epoch.follows(before):
+            raise Tagging(
+                f"the server's epoch {epoch.number} does not follow epoch {before.number}", _HINT
+            )
+        return before
+
+    def _is_after_known(self, shown: EpochParameters) -> bool:
+        """Whether there should be others between this epoch and those that are pinned."""
+        newest = max((one.number for one in self._known.values()), default=shown.number)
+        return shown.number > newest + 1
+
+    def _pin(self, shown: EpochParameters) -> None:
         self._check_place(shown)
         try:
             shown.verify()
@@ -153,9 +197,8 @@ class Epochs:
             raise Misbehaviour(
                 "the server's parameters would betray amounts", "do not use this server"
             ) from error
-        self._journal.put_meta(f"{_PREFIX}{shown.number:010}", told.parameters)
+        self._journal.put_meta(f"{_PREFIX}{shown.number:010}", shown.encode())
         self._add(shown)
-        return shown
 
     def _pin_identity(self, identity: bytes) -> None:
         if self._journal.meta(_IDENTITY) is None:
@@ -181,6 +224,13 @@ class Epochs:
 
 
 _OTHER: Final = "it may be another server, or one that tells its users apart: ask its operator"
+
+
+def _decode(told: Parameters) -> EpochParameters:
+    try:
+        return EpochParameters.decode(told.parameters)
+    except ProtocolError as error:
+        raise Misbehaviour("the server's parameters cannot be read", _OTHER) from error
 
 
 def _is_succession(told: Sequence[Parameters]) -> bool:

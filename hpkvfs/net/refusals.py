@@ -12,6 +12,10 @@ class UnknownEpoch(Refusal):
     """The server does not use the epoch of these credentials."""
 
 
+class EpochEnded(UnknownEpoch):
+    """The epoch of these credentials has ended: they are worth nothing any more."""
+
+
 class OldCounter(Refusal):
     """A newer breakglass entry is stored."""
 
@@ -33,6 +37,11 @@ _WHY: Final[dict[Reason, tuple[type[Refusal], str, str]]] = {
         UnknownEpoch,
         "the server does not accept these tokens",
         "they are of an epoch that ended, or of another server",
+    ),
+    Reason.EPOCH_ENDED: (
+        EpochEnded,
+        "these tokens have expired: their epoch ended",
+        "tokens last while their epoch does; use the vault now and then to keep them",
     ),
     Reason.UNKNOWN_VOUCHER: (
         BadVoucher,

@@ -8,9 +8,12 @@ cut short (by cancellation, by a server that does not answer, by a crash) leaves
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
+from math import log
+from operator import itemgetter
 from typing import Final
 
 import trio
@@ -18,7 +21,7 @@ import trio
 from hpkvfs.errors import Misbehaviour, SpentElsewhere, StoreError, Unreachable, UserError
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
-from hpkvfs.net.refusals import UnknownEpoch, out_of_place, refusal
+from hpkvfs.net.refusals import EpochEnded, UnknownEpoch, out_of_place, refusal
 from hpkvfs.net.teller import Order, Teller
 from hpkvfs.net.transport import Dialer
 from hpkvfs.protocol.credential import Credential
@@ -36,7 +39,7 @@ from hpkvfs.protocol.messages import (
     Refused,
     StoreEntryRequest,
 )
-from hpkvfs.protocol.tariff import Operation
+from hpkvfs.protocol.tariff import Operation, Tariff
 from hpkvfs.protocol.voucher import Voucher
 from hpkvfs.types import Signer
 from hpkvfs.wallet.journal import Journal, Receipt
@@ -46,6 +49,19 @@ MAX_IN_FLIGHT: Final = 16
 PATIENCE_SECONDS: Final = 20.0
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Mean seconds, each time drawn at random: between questions for new epochs; until a pair of
+    tokens moves into the newest epoch, from the one before and from older ones; between looks for
+    such pairs; between two that move in a hurry."""
+
+    notice: float = 6 * 3_600.0
+    move: float = 3_600.0
+    move_late: float = 300.0
+    look: float = 60.0
+    pause: float = 0.5
 
 
 class RemoteStore:
@@ -66,6 +82,7 @@ class RemoteStore:
         identity: bytes | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
         patience: float = PATIENCE_SECONDS,
+        pace: Pace = Pace(),
     ) -> None:
         """`identity`: the key (32 bytes) in the server's onion address, if it has one.
 
@@ -77,6 +94,8 @@ class RemoteStore:
         self._line = line
         self._teller = Teller(journal, line, epochs, rng, pool_size=2 * max_in_flight)
         self._pool_size = 2 * max_in_flight
+        self._pace = pace
+        self._rng = rng
         self._resolving = trio.Lock()
         self._slots = trio.Semaphore(max_in_flight)
 
@@ -133,7 +152,11 @@ class RemoteStore:
         except ValueError as error:
             raise UserError(str(error), "copy it whole, as the operator gave it") from error
         async with self._slots:
-            if not await self._resolve_like(Operation.ISSUE, voucher.digest):
+            try:
+                done = await self._resolve_like(Operation.ISSUE, voucher.digest)
+            except EpochEnded:  # nobody knows any more whether it was redeemed then
+                done = False
+            if not done:
                 await self._buy(voucher)
         return voucher.amount
 
@@ -144,7 +167,7 @@ class RemoteStore:
         try:
             await self._teller.buy(make, voucher.amount, voucher.digest)
         except UnknownEpoch:
-            await self._teller.epochs.refresh()
+            await self._teller.refresh()
             await self._teller.buy(make, voucher.amount, voucher.digest)
 
     async def prime(self) -> None:
@@ -156,7 +179,18 @@ class RemoteStore:
 
     async def parameters(self) -> EpochParameters:
         """The newest epoch: number, tariff, issuer. Asked for once; Tagging if it changed."""
-        return await self._teller.epochs.newest()
+        return await self._teller.newest()
+
+    @property
+    def tariff(self) -> Tariff:
+        """What operations cost in the newest epoch, as far as it is known."""
+        live = self._teller.epochs.live
+        return live[-1].tariff if live else Tariff()
+
+    @property
+    def expired(self) -> int:
+        """Tokens that were lost, since ever, with epochs that ended."""
+        return self._teller.wallet.book.expired
 
     @property
     def balance(self) -> Balance:
@@ -165,15 +199,15 @@ class RemoteStore:
 
     @property
     def conservation(self) -> Conservation:
-        """bought + refunded against held + pending + spent; `holds`, or there is a bug."""
+        """Whether bought + refunded are held, pending, spent or expired, or there is a bug."""
         return self._teller.wallet.conservation
 
     # Breakglass entries
 
     async def refresh(self) -> EpochParameters:
         """The newest epoch, asked for anew."""
-        await self._teller.epochs.refresh()
-        return await self._teller.epochs.newest()
+        await self._teller.refresh()
+        return await self._teller.newest()
 
     @property
     def epochs_in_use(self) -> tuple[bytes, ...]:
@@ -281,12 +315,21 @@ class RemoteStore:
                         failures.append(failure)
                     # else it was a claim, which is written off
                 except StoreError as failure:  # it is stuck now: the next round is for others
-                    failures.append(failure)
+                    if stranded[0].number in self._teller.wallet.pending:
+                        failures.append(failure)
         if failures:
             raise failures[0]
 
+    # In the background.
+
     async def run(self) -> None:
-        """Resolve in the background what is cut short; until cancelled."""
+        """Resolve what is cut short, notice new epochs and move into them; until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._resolve_in_time)
+            nursery.start_soon(self._notice_in_time)
+            nursery.start_soon(self._move_in_time)
+
+    async def _resolve_in_time(self) -> None:
         pause = _FIRST_PAUSE
         while True:
             await self._teller.any_stranded()
@@ -296,6 +339,71 @@ class RemoteStore:
             except StoreError:
                 await trio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _notice_in_time(self) -> None:
+        """Ask for the epochs now and then; what differs from before is raised by whoever pays."""
+        while True:
+            await trio.sleep(self._random_time(self._pace.notice))
+            with suppress(StoreError):
+                await self._teller.refresh()
+
+    async def _move_in_time(self) -> None:
+        """Each pair of an older epoch leaves it at a random time of its own.
+
+        The times are exponential, so that it does not matter when the epoch was noticed or how
+        often this was interrupted: nothing happens at a moment that tells anything.
+        """
+        while True:
+            pairs = self._pairs_behind()
+            if not pairs:
+                await trio.sleep(self._random_time(self._pace.look))
+                continue
+            number = await self._next_to_move(pairs)
+            with suppress(StoreError):
+                await self._move_one(number)
+
+    async def _next_to_move(self, pairs: list[tuple[EpochParameters, float]]) -> EpochParameters:
+        """Sleep until the first of the pairs moves: each has a mean time of its own."""
+        times = [(self._random_time(mean), epoch) for epoch, mean in pairs]
+        time, epoch = min(times, key=itemgetter(0))
+        await trio.sleep(time)
+        return epoch
+
+    def _pairs_behind(self) -> list[tuple[EpochParameters, float]]:
+        """For each pair of credentials of an older epoch, the epoch and its mean time to move.
+
+        An epoch that two have followed may end at the next one: its tokens are in a hurry.
+        """
+        pairs: list[tuple[EpochParameters, float]] = []
+        for epoch in self._teller.behind():
+            mean = self._pace.move_late if self._teller.is_late(epoch) else self._pace.move
+            pairs += [(epoch, mean)] * -(-self._teller.left_behind(epoch) // 2)
+        return pairs
+
+    async def move_late(self) -> None:
+        """Move what is left in epochs that may end soon, with short random pauses in between.
+
+        For who does not let `run` do it in time; StoreError.
+        """
+        await self._move([one for one in self._teller.behind() if self._teller.is_late(one)])
+
+    async def gather(self) -> None:
+        """Move everything into the newest epoch, likewise: a breakglass entry is of one epoch."""
+        await self._move(self._teller.behind())
+
+    async def _move(self, epochs: Sequence[EpochParameters]) -> None:
+        for epoch in epochs:
+            while await self._move_one(epoch):
+                await trio.sleep(self._random_time(self._pace.pause))
+
+    async def _move_one(self, epoch: EpochParameters) -> bool:
+        async with self._slots:
+            return await self._teller.move(epoch)
+
+    def _random_time(self, mean: float) -> float:
+        """Exponential, in seconds."""
+        uniform = (int.from_bytes(self._rng(8), "big") + 1) / 2**64
+        return -mean * log(uniform)
 
 
 def _checked(reply: Entry, wanted: bytes) -> Entry:

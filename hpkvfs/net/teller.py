@@ -37,7 +37,7 @@ from hpkvfs.errors import (
 )
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
-from hpkvfs.net.refusals import NoRoom, UnknownEpoch, out_of_place, refusal
+from hpkvfs.net.refusals import EpochEnded, NoRoom, UnknownEpoch, out_of_place, refusal
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol import codec
 from hpkvfs.protocol.credential import Credential, Draft, prepare
@@ -109,13 +109,49 @@ class Teller:
 
     # Paying.
 
-    async def _paying_epoch(self, operation: Operation) -> EpochParameters:
-        """The oldest epoch with tokens enough, since that one ends first; else the newest."""
+    async def newest(self) -> EpochParameters:
+        """The epoch that the server issues in; what is held of ended ones is written off."""
         newest = await self.epochs.newest()
-        for epoch in self.epochs.live[:-1]:
-            if self.wallet.worth(epoch.digest) >= max(1, -epoch.tariff.delta(operation)):
-                return epoch
+        self._write_off_ended()
         return newest
+
+    async def refresh(self) -> None:
+        """Ask which epochs there are, and write off what is held of ended ones."""
+        await self.epochs.refresh()
+        self._write_off_ended()
+
+    async def _paying_epoch(self, operation: Operation) -> EpochParameters:
+        """The oldest epoch with tokens enough, since that one ends first; else the newest.
+
+        A refund goes to the newest. When no epoch has enough alone, the newest is given what the
+        others have, since a request presents credentials of one epoch only.
+        """
+        newest = await self.newest()
+        if newest.tariff.delta(operation) >= 0:
+            return newest
+        live = self.epochs.live
+        for can_pay in (self._has, self._may_come_to_have):
+            for epoch in live:
+                if can_pay(epoch, -epoch.tariff.delta(operation)):
+                    return epoch
+        cost = -newest.tariff.delta(operation)
+        for reserved in (False, True):
+            if len(live) > 1 and not self._has(newest, cost) and self.wallet.balance.total >= cost:
+                await self._gather(live[:-1], reserved)
+        return newest
+
+    async def _gather(self, older: Sequence[EpochParameters], reserved: bool) -> None:
+        for epoch in older:
+            if reserved:
+                self._release_reserve(epoch)
+            while await self.move(epoch):
+                pass
+
+    def _has(self, epoch: EpochParameters, cost: int) -> bool:
+        return self.wallet.worth(epoch.digest) >= max(1, cost)
+
+    def _may_come_to_have(self, epoch: EpochParameters, cost: int) -> bool:
+        return self.wallet.could_pay(epoch.digest, max(1, cost))
 
     async def pay(self, order: Order) -> Answer:
         """Perform an operation that takes two credentials, whatever that takes.
@@ -126,7 +162,7 @@ class Teller:
         try:
             return await self._pay(order, await self._paying_epoch(order.operation))
         except UnknownEpoch:
-            await self.epochs.refresh()
+            await self.refresh()
             return await self._pay(order, await self._paying_epoch(order.operation))
 
     async def _pay(self, order: Order, epoch: EpochParameters) -> Answer:
@@ -143,6 +179,9 @@ class Teller:
             return answer
 
     async def _select(self, epoch: EpochParameters, delta: int) -> Selection:
+        bare = self.wallet.count(epoch.digest) < 2 and not self.wallet.could_pay(epoch.digest, 0)
+        if delta >= 0 and bare:
+            await self.grow(epoch)  # two of no value are enough to have a refund
         while True:
             selection = self.wallet.select(epoch.digest, delta, epoch.tariff.insert)
             if selection is None:
@@ -171,6 +210,66 @@ class Teller:
         order = Order(Operation.REISSUE, lambda digest: ReissueRequest(digest, 2))
         await self._perform(*self._begin(epoch, selection, order))
 
+    # Moving into the newest epoch.
+
+    def behind(self) -> list[EpochParameters]:
+        """The live epochs but the newest of which something is to be moved, oldest first."""
+        return [one for one in self.epochs.live[:-1] if self.left_behind(one)]
+
+    def left_behind(self, epoch: EpochParameters) -> int:
+        """How many credentials of an older epoch are to be moved.
+
+        What is reserved stays until the breakglass entry that has it is replaced, or the epoch
+        may end soon.
+        """
+        reserved = self.wallet.count_reserved(epoch.digest) if self.is_late(epoch) else 0
+        return self.wallet.count(epoch.digest) + reserved
+
+    def is_late(self, epoch: EpochParameters) -> bool:
+        """Whether it may end when the next one begins."""
+        return self.epochs.live[-1].number - epoch.number >= 2
+
+    def _release_reserve(self, epoch: EpochParameters) -> None:
+        if self.wallet.count_reserved(epoch.digest):
+            self.wallet.release_reserve(epoch.digest)
+            self._journal.reserve(self.wallet.reserve)
+
+    async def move(self, epoch: EpochParameters) -> bool:
+        """Reissue two credentials of an epoch in the newest; False if there are none to move.
+
+        The statement names both epochs: what is presented is of one, what is issued of the other.
+        """
+        newest = await self.newest()
+        if self.is_late(epoch):
+            self._release_reserve(epoch)
+        if not self.wallet.worth(epoch.digest):
+            self._expire(epoch.digest)  # those of no value are not worth a request
+            return False
+        if self.wallet.count(epoch.digest) == 1 and not self.wallet.could_pay(epoch.digest, 0):
+            await self.grow(epoch)
+        selection = self.wallet.select_any(epoch.digest, newest.tariff.insert)
+        if selection is None:
+            return False
+        into = newest.digest
+        order = Order(Operation.REISSUE, lambda digest: ReissueRequest(digest, 2, into))
+        await self._perform(*self._begin(epoch, selection, order, newest))
+        return True
+
+    def _write_off_ended(self) -> None:
+        """What is of an epoch that ended is lost, unless somebody is still asking about it."""
+        for digest in self.wallet.epochs:
+            if self.epochs.has_ended(digest):
+                self._expire(digest)
+
+    def _expire(self, digest: bytes) -> None:
+        ended = self.epochs.has_ended(digest)
+        pendings = [one for one in self._undriven() if ended and one.epoch == digest]
+        for pending in pendings:
+            self.wallet.lose(pending)
+        held = self.wallet.expire(digest)
+        if held or pendings:
+            self._journal.expire(held, pendings, self.wallet.book)
+
     async def grow(self, epoch: EpochParameters) -> None:
         """Two more credentials, of no value, for free. Nothing is at stake, so no journal."""
         body, attempt = self._prove(epoch, ReissueRequest(epoch.digest, 0), (), (0, 0))
@@ -185,7 +284,7 @@ class Teller:
 
     async def buy(self, make: Make, amount: int, memo: bytes) -> None:
         """Exchange what `make` pays with for credentials; a Refusal leaves nothing behind."""
-        epoch = await self.epochs.newest()
+        epoch = await self.newest()
         amounts = split(amount, epoch.tariff.insert)
         body, attempt = self._prove(epoch, make(epoch.digest), (), amounts)
         attempt = replace(attempt, body=body)
@@ -263,7 +362,8 @@ class Teller:
     async def resolve(self, pending: Pending) -> Answer:
         """Settle a stranded pending: find out which of its attempts was performed.
 
-        Unreachable leaves it stranded; any other error leaves it stuck until `unstick`.
+        Unreachable leaves it stranded; any other error leaves it stuck until `unstick`, unless it
+        is EpochEnded and the server says so to all witnesses too: then it is written off.
         """
         pending = self.wallet.pending[pending.number]
         try:
@@ -271,6 +371,10 @@ class Teller:
                 return await self._resolve_by_reissue(pending)
             return await self._repeat(pending)
         except Unreachable:
+            raise
+        except EpochEnded:
+            self._stuck.add(pending.number)
+            await self.refresh()
             raise
         except StoreError:
             self._stuck.add(pending.number)
@@ -308,13 +412,17 @@ class Teller:
     # One request.
 
     def _begin(
-        self, epoch: EpochParameters, selection: Selection, order: Order
+        self,
+        epoch: EpochParameters,
+        selection: Selection,
+        order: Order,
+        into: EpochParameters | None = None,
     ) -> tuple[Pending, bytes]:
         """The pending of an order and its frame; the journal does not have it yet."""
         request = order.make(epoch.digest)
         try:
             body, attempt = self._prove(
-                epoch, request, selection.inputs, selection.amounts, order.complete
+                epoch, request, selection.inputs, selection.amounts, order.complete, into
             )
         except BaseException:
             self.wallet.put_back(selection)
@@ -329,14 +437,22 @@ class Teller:
         inputs: tuple[Held, ...],
         amounts: tuple[int, int],
         complete: Complete = _complete,
+        into: EpochParameters | None = None,
     ) -> tuple[bytes, Attempt]:
-        """The body of the request, with its proof, and what it takes to use the answer."""
+        """The body of the request, with its proof, and what it takes to use the answer.
+
+        `into`: the epoch of the outputs, if that is another.
+        """
         statement = request.statement(epoch.tariff)
         presented = [held.credential for held in inputs]
-        draft = prepare(epoch.issuer, statement, presented, amounts, self._rng)
+        issuer, digest = (into.issuer, into.digest) if into else (None, b"")
+        draft = prepare(epoch.issuer, statement, presented, amounts, self._rng, issuer)
         body = complete(request, draft.request).body()
         fingerprint = hashlib.sha256(body).digest()
-        return body, Attempt(statement.operation, statement.delta, fingerprint, draft.encode())
+        secrets = draft.encode()
+        return body, Attempt(
+            statement.operation, statement.delta, fingerprint, secrets, into=digest
+        )
 
     async def _perform(self, pending: Pending, frame: bytes) -> Answer:
         """Journal, ask, settle. A refusal for good of what has no inputs undoes it."""
@@ -378,7 +494,7 @@ class Teller:
     async def _settle(self, pending: Pending, attempt: Attempt, fact: Fact, issued: bytes) -> None:
         if (fact.operation, fact.delta) != (attempt.operation, attempt.delta):
             raise Misbehaviour("the server charged for something else than was asked for")
-        epoch = await self.epochs.get(pending.epoch)
+        epoch = await self.epochs.get(attempt.into or pending.epoch)
         try:
             outputs = Draft.decode(attempt.secrets).finish(epoch.issuer, issued)
         except ProtocolError as error:

@@ -322,10 +322,16 @@ def _complete(presented: int, partial: Sequence[int], surplus: int) -> Vector:
 
 
 def _request_transcript(
-    statement: Statement, parameters: IssuerParameters, presented: int, points: bytes
+    statement: Statement,
+    parameters: IssuerParameters,
+    presented: int,
+    points: bytes,
+    into: IssuerParameters | None = None,
 ) -> Transcript:
     transcript = statement.transcript("hpkv/request/v1")
     transcript.append("issuer", parameters.digest)
+    if into is not None:
+        transcript.append("into", into.digest)
     transcript.append("presented", bytes([presented]))
     transcript.append("points", points)
     return transcript
@@ -358,18 +364,23 @@ def prepare(
     presented: Sequence[Credential],
     amounts: tuple[int, int],
     rng: Rng,
+    into: IssuerParameters | None = None,
 ) -> Draft:
     """Prove that `presented` (0 or 2 credentials) pay for two of `amounts`, under `statement`.
+
+    `into`: the issuer of the new ones, if it is not that of the presented; the reply is then
+    finished with its parameters.
 
     ValueError when the amounts do not balance or are out of range, or when the operation does
     not allow that many credentials; BadIssuance when the parameters' digit table is false,
     which is checked on first use (7 ms). The draft must be durable before its request is sent.
     """
     _check_balance(statement, presented, amounts)
-    parameters.verify()
+    target = into or parameters
+    target.verify()
     shows = [_show(credential, rng) for credential in presented]
-    requests = [_request(parameters.table, amount, rng) for amount in amounts]
-    request = _prove(parameters, statement, shows, requests, rng)
+    requests = [_request(target.table, amount, rng) for amount in amounts]
+    request = _prove(parameters, statement, shows, requests, rng, into)
     wanted = tuple((amount, x[0]) for amount, (_, x) in zip(amounts, requests, strict=True))
     return Draft(request, statement.binding(len(presented), request), wanted)
 
@@ -380,12 +391,13 @@ def _prove(
     shows: Sequence[tuple[Shown, Vector]],
     requests: Sequence[tuple[Requested, Vector]],
     rng: Rng,
+    into: IssuerParameters | None = None,
 ) -> bytes:
     """The request's bytes from its points and their witness."""
     points = b"".join(encode_points(shown) for shown, _ in shows)
     points += b"".join(encode_points((m, *vs)) for (m, vs), _ in requests)
     secrets = tuple(x for _, vector in (*shows, *requests) for x in vector)
-    transcript = _request_transcript(statement, parameters, len(shows), points)
+    transcript = _request_transcript(statement, parameters, len(shows), points, into)
     nonces = _nonces(transcript, len(shows), secrets, rng)
     weights = Weights(*transcript.weights())
     rows = list(_claims(parameters.i, [shown for shown, _ in shows], nonces, weights))
@@ -586,21 +598,35 @@ class Issuer:
         """Scalars in 1..n-1 that only this issuer can compute."""
         return _expand(self._prf_key + bytes([len(label)]) + label.encode() + data, count)
 
-    def verify(self, statement: Statement, request: CredentialRequest) -> None:
-        """Check every claim of the request about this statement; BadProof if one is false."""
+    def verify(
+        self, statement: Statement, request: CredentialRequest, into: Issuer | None = None
+    ) -> None:
+        """Check every claim of the request about this statement; BadProof if one is false.
+
+        `into`: who shall issue what is requested, if not this issuer.
+        """
         presented = len(request.shown)
         if not statement.admits(presented):
             raise BadProof(f"{statement.operation.name} does not present {presented}")
         try:
-            transcript = _request_transcript(statement, self.parameters, presented, request.points)
+            transcript = _request_transcript(
+                statement,
+                self.parameters,
+                presented,
+                request.points,
+                None if into is None else into.parameters,
+            )
             weights = Weights(*transcript.weights())
-            commitments = self._recompute(statement.delta, request, weights)
+            digit_key = (into or self)._digit_key
+            commitments = self._recompute(statement.delta, request, weights, digit_key)
         except Infinity as error:
             raise BadProof("the request's proof is degenerate") from error
         if _challenge(transcript, commitments) != request.challenge:
             raise BadProof("the request's proof does not hold")
 
-    def _recompute(self, delta: int, request: CredentialRequest, weights: Weights) -> list[Point]:
+    def _recompute(
+        self, delta: int, request: CredentialRequest, weights: Weights, digit_key: DigitKey
+    ) -> list[Point]:
         e, shown = request.challenge, request.shown
         vector = _complete(len(shown), request.responses, e * delta)
         rows = _claims(self.parameters.i, shown, vector, weights)
@@ -611,7 +637,7 @@ class Issuer:
             images.insert(0, self._ownership(shown, weights))
         commitments = recompute(rows, images, e)
         for requested, x in zip(request.requested, _sections(len(shown), vector)[1], strict=True):
-            commitments += self._digit_key.recompute(requested.digits, x[1:], e)
+            commitments += digit_key.recompute(requested.digits, x[1:], e)
         return commitments
 
     def _ownership(self, shown: Sequence[Shown], weights: Weights) -> Point:

@@ -144,20 +144,34 @@ def _presented(value: object) -> int:
     return 2 if value else 0
 
 
+_reissue = codec.fields(_digest, _presented, optional(_digest), _credentials)
+
+
+def _moving(value: object) -> tuple[Any, ...]:
+    epoch, presented, into, credentials = _reissue(value)
+    if into is not None and (into == epoch or not presented):
+        raise Malformed("what is moved is moved to another epoch, and is something")
+    return epoch, presented, into, credentials
+
+
 @dataclass(frozen=True, slots=True)
 class ReissueRequest(_Request):
-    """Free: 2 credentials for 2 others of the same sum, or 2 of no value for none."""
+    """Free: 2 credentials for 2 others of the same sum, or 2 of no value for none.
+
+    `into`: digest of the later epoch that the new ones shall be of; None for that of the old.
+    """
 
     operation = Operation.REISSUE
-    _read = codec.fields(_digest, _presented, _credentials)
+    _read = _moving
 
     epoch: bytes
     presented: int
+    into: bytes | None = None
     credentials: bytes = field(default=b"", repr=False)
 
     def statement(self, tariff: Tariff) -> Statement:
         """What the proof is about."""
-        return Statement(self.epoch, self.operation, b"", tariff.delta(self.operation))
+        return Statement(self.epoch, self.operation, self.into or b"", tariff.delta(self.operation))
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,6 +410,7 @@ class Reason(IntEnum):
     DIGEST_MISMATCH = 12
     BAD_SIGNATURE = 13
     OLD_COUNTER = 14
+    EPOCH_ENDED = 15
 
 
 def _fact(value: object) -> Fact:

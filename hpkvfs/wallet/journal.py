@@ -14,8 +14,9 @@ collects: group commit. A batch that nobody waits for is committed with the next
 A failed write breaks the journal for good: every later call says so, and opening it again finds
 the last durable state.
 
-The database, user_version 1. Every `sealed` is a random 12-byte nonce and the row (rows.py) in
-ChaCha20-Poly1305 under the journal's key, with "table/name of the row" as associated data.
+The database, user_version 2 (1 had shorter rows, see rows.py). Every `sealed` is a random 12-byte
+nonce and the row in ChaCha20-Poly1305 under the journal's key, with "table/name of the row" as
+associated data.
 
     credentials(number, sealed)   held, or an input of a pending
     pendings(number, sealed)      inputs, attempts, memo
@@ -46,7 +47,7 @@ from hpkvfs.protocol.tariff import Operation
 from hpkvfs.wallet import rows
 from hpkvfs.wallet.wallet import Book, Held, Pending, Settled, Wallet
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _NONCE: Final = 12
 KNOWN: Final = "known"
 """The name under which the newest known generation is kept."""
@@ -201,6 +202,13 @@ class Journal:
     def release(self, pending: Pending) -> None:
         """Forget a pending; its inputs are held again."""
         self._drop(pending)
+
+    def expire(self, held: Sequence[Held], pendings: Sequence[Pending], book: Book) -> None:
+        """Forget what was lost with an epoch; `book` is the book after it."""
+        for pending in pendings:
+            self._drop(pending, *pending.inputs)
+        self._batch.rows[_DROP_CREDENTIAL].extend((one.number,) for one in held)
+        self._batch.book = book
 
     def forget_receipts(self, up_to: int) -> None:
         """Forget the receipts with seq <= up_to: a published anchor has them."""
@@ -396,6 +404,8 @@ def _prepare(database: sqlite3.Connection) -> None:
         )
     if version == 0:
         database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+    elif version < FORMAT:
+        database.execute(f"PRAGMA user_version = {FORMAT}")
 
 
 def _damaged() -> VaultError:

@@ -2,10 +2,12 @@
 
     credentials   epoch (32 B) || Credential.encode()
     pendings      [epoch, [input number...],
-                   [[operation, delta, fingerprint, secrets, body]...], memo]
+                   [[operation, delta, fingerprint, secrets, body, into]...], memo]
     receipts      [operation, memo]
-    book          [bought, refunded, spent]
+    book          [bought, refunded, spent, expired]
     reserve       [credential number...]
+
+Rows of format 1 have no `into` and no `expired`, for which empty and 0 are read.
 
 Reading raises ValueError, LookupError, TypeError or protocol.errors.Malformed for anything
 else; the rows come out of a sealed file, so that only a bug of ours could make one.
@@ -39,7 +41,7 @@ def pack_pending(pending: Pending) -> bytes:
     """A row of `pendings`; its inputs stay in `credentials` and are named here."""
     inputs = [held.number for held in pending.inputs]
     attempts = [
-        [one.operation, one.delta, one.fingerprint, one.secrets, one.body]
+        [one.operation, one.delta, one.fingerprint, one.secrets, one.body, one.into]
         for one in pending.attempts
     ]
     return codec.pack([pending.epoch, inputs, attempts, pending.memo])
@@ -77,8 +79,7 @@ def pack_book(book: Book) -> bytes:
 
 def unpack_book(row: bytes) -> Book:
     """Inverse of pack_book."""
-    bought, refunded, spent = _array(row)
-    return Book(bought, refunded, spent)
+    return Book(*_array(row))
 
 
 def pack_reserve(reserve: Iterable[Held]) -> bytes:

@@ -16,8 +16,11 @@ tells which (net/store.py). So the outputs of one of the two, and only one, will
 Invariants, between any two calls:
   - a credential is in one place only: a pool, the reserve, set aside by a Selection, or in one
     Pending;
-  - bought + refunded == held + pending + spent, what is set aside or reserved counting as held;
+  - bought + refunded == held + pending + spent + expired, what is set aside or reserved
+    counting as held;
   - credentials of two epochs are never in one Selection.
+
+When an epoch has ended its credentials are worth nothing: `expire` and `lose` take them out.
 
 Nothing here is durable: the journal records each Pending before it is spoken of to anyone, and
 each Settled after (wallet/journal.py).
@@ -53,7 +56,8 @@ class Attempt:
     """A request that may have reached the server, and what it takes to use the answer.
 
     `secrets` is Draft.encode(). `body` is the request itself, for requests that are repeated
-    after a restart, and empty for those that are then resolved by a reissue.
+    after a restart, and empty for those that are then resolved by a reissue. `into` is the epoch
+    of its outputs, empty if that is the epoch of its inputs.
     """
 
     operation: Operation
@@ -61,6 +65,7 @@ class Attempt:
     fingerprint: bytes
     secrets: bytes = field(repr=False)
     body: bytes = field(default=b"", repr=False)
+    into: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +112,12 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Book:
-    """Tokens ever bought, refunded and spent."""
+    """Tokens ever bought, refunded, spent, and lost with an epoch that ended."""
 
     bought: int = 0
     refunded: int = 0
     spent: int = 0
+    expired: int = 0
 
     def entered(self, operation: Operation, delta: int) -> Book:
         """The book after one performed operation."""
@@ -144,9 +150,9 @@ class Conservation:
 
     @property
     def holds(self) -> bool:
-        """Whether bought + refunded == held + pending + spent."""
+        """Whether bought + refunded == held + pending + spent + expired."""
         book = self.book
-        return book.bought + book.refunded == self.balance.total + book.spent
+        return book.bought + book.refunded == self.balance.total + book.spent + book.expired
 
 
 def split(total: int, whole: int) -> tuple[int, int]:
@@ -210,6 +216,22 @@ class Wallet:
         """Tokens of one epoch that are held, neither set aside nor reserved."""
         return sum(one.amount for one in self._pools.get(epoch, ()))
 
+    def count(self, epoch: bytes) -> int:
+        """How many credentials of one epoch are held and not set aside."""
+        return len(self._pools.get(epoch, ()))
+
+    def count_reserved(self, epoch: bytes) -> int:
+        """How many credentials of one epoch are reserved."""
+        return sum(one.epoch == epoch for one in self._reserve.values())
+
+    @property
+    def epochs(self) -> set[bytes]:
+        """The epochs of what is held, reserved, set aside or pending."""
+        aside = {one.epoch for one in self._aside.values()}
+        pending = {one.epoch for one in self.pending.values()}
+        reserved = {one.epoch for one in self._reserve.values()}
+        return {epoch for epoch, pool in self._pools.items() if pool} | aside | pending | reserved
+
     def held(self) -> list[Held]:
         """Every held credential that is neither set aside nor reserved."""
         return [one for pool in self._pools.values() for one in pool]
@@ -235,12 +257,13 @@ class Wallet:
         if len(pool) >= 2 and self.worth(epoch) >= cost:
             inputs = self._set_aside(pool, len(pool) - 2)
             return Selection(epoch, inputs, (inputs[0].amount + inputs[1].amount, 0), True)
-        if self._could_pay(epoch, cost):
+        if self.could_pay(epoch, cost):
             return None
         if self._draw(epoch):
             return self.select(epoch, delta, whole)
+        lost = f"; {self.book.expired} expired" if self.book.expired else ""
         raise EmptyWallet(
-            f"the operation costs {cost} tokens and the wallet has {self.balance.total}",
+            f"the operation costs {cost} tokens and the wallet has {self.balance.total}{lost}",
             "redeem a voucher",
         )
 
@@ -275,11 +298,11 @@ class Wallet:
             raise ValueError("what was carved is not there any more")
         self._reserve[chosen.number] = chosen
 
-    def release_reserve(self) -> None:
-        """No entry has these any more, or soon none will."""
-        for one in self._reserve.values():
-            self._add(one)
-        self._reserve = {}
+    def release_reserve(self, epoch: bytes | None = None) -> None:
+        """No entry has these any more, or soon none will; of one epoch or of all."""
+        for one in list(self._reserve.values()):
+            if epoch in (None, one.epoch):
+                self._add(self._reserve.pop(one.number))
 
     def take_in(self, epoch: bytes, credential: Credential) -> tuple[Held, Held] | None:
         """A credential out of a breakglass entry, set aside with one of no value to be reissued.
@@ -298,6 +321,18 @@ class Wallet:
         """What was taken in had been spent by somebody else: it was never bought here."""
         del self.pending[pending.number]
         self.book = replace(self.book, bought=self.book.bought - pending.amount)
+
+    def select_any(self, epoch: bytes, whole: int) -> Selection | None:
+        """Set two credentials aside to be moved into another epoch, the richest and the poorest.
+
+        None if there are not two. `whole`: see `split`.
+        """
+        pool = self._pools.get(epoch, [])
+        if len(pool) < 2:
+            return None
+        inputs = self._set_aside(pool, 0)
+        amounts = split(inputs[0].amount + inputs[1].amount, whole)
+        return Selection(epoch, inputs, amounts, False)
 
     def put_back(self, selection: Selection) -> None:
         """Undo a selection of which nothing has been journalled."""
@@ -333,7 +368,8 @@ class Wallet:
             raise ValueError("a settlement that does not balance")
         del self.pending[pending.number]
         self.book = self.book.entered(attempt.operation, attempt.delta)
-        held = tuple(Held(self._number(), pending.epoch, one) for one in outputs)
+        epoch = attempt.into or pending.epoch
+        held = tuple(Held(self._number(), epoch, one) for one in outputs)
         for one in held:
             self._add(one)
         return Settled(pending, attempt, held)
@@ -343,6 +379,23 @@ class Wallet:
         del self.pending[pending.number]
         for one in pending.inputs:
             self._add(one)
+
+    def expire(self, epoch: bytes) -> list[Held]:
+        """The epoch has ended: its credentials, reserved ones too, which are held no longer."""
+        reserved = [one for one in self._reserve.values() if one.epoch == epoch]
+        for one in reserved:
+            del self._reserve[one.number]
+        expired = [*self._pools.pop(epoch, []), *reserved]
+        self._write_down(sum(one.amount for one in expired))
+        return expired
+
+    def lose(self, pending: Pending) -> None:
+        """The epoch of a pending has ended: what became of it will never be known."""
+        del self.pending[pending.number]
+        self._write_down(pending.amount)
+
+    def _write_down(self, amount: int) -> None:
+        self.book = replace(self.book, expired=self.book.expired + amount)
 
     def _pair(self, epoch: bytes, cost: int, delta: int, whole: int) -> Selection:
         pool = self._pools[epoch]
@@ -363,7 +416,8 @@ class Wallet:
             self._add(self._reserve.pop(min(mine, key=_amount).number))
         return bool(mine)
 
-    def _could_pay(self, epoch: bytes, cost: int) -> bool:
+    def could_pay(self, epoch: bytes, cost: int) -> bool:
+        """Whether credentials now in flight could, with the others, pay so much when they land."""
         moving = [one for one in self._aside.values() if one.epoch == epoch]
         pending = [one for one in self.pending.values() if one.epoch == epoch]
         coming = sum(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,15 @@ from hpkvd.commands import (
     json_option,
     ledger_option,
     ledger_url,
-    load_epochs,
     open_ledger,
 )
 from hpkvd.commands.care import backup, check, income, migrate, restore
 from hpkvd.commands.serve import serve, worker
 from hpkvd.config import Config
-from hpkvd.epochs import Epochs
 from hpkvd.ledger import Totals, urls
 from hpkvd.payments import vouchers
 from hpkvfs.protocol.credential import AMOUNT_LIMIT
+from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.tariff import Tariff
 from hpkvfs.types import BLOB_SIZE
 
@@ -92,8 +92,8 @@ def init(
     _make_empty(data)
     identity_file.create(data / settings.IDENTITY, secrets.token_bytes)
     urls.create(url)
-    epoch = epoch_files.first_epoch(config.tariff, secrets.token_bytes)
-    epoch_files.save(data / settings.EPOCHS, epoch)
+    first = epoch_files.first_epoch(config.tariff, secrets.token_bytes)
+    epoch_files.save(data / settings.EPOCHS, first)
     (data / settings.FILE).write_text(config.render())
     click.echo(f"{data} is ready; edit {data / settings.FILE} or run `hpkvd serve`")
 
@@ -151,16 +151,116 @@ def status(data: Path, ledger: str | None, as_json: bool) -> None:
     """Tell how much is stored and spent; also while the server runs."""
     desk = open_ledger(data, settings.load(data), ledger)
     try:
-        report = _report(load_epochs(data), desk.totals())
+        report = _report(epoch_files.published(data / settings.EPOCHS)[-1], desk.totals())
     finally:
         desk.close()
     click.echo(json.dumps(report) if as_json else _text(report))
 
 
-def _report(epochs: Epochs, totals: Totals) -> dict[str, Any]:
-    newest = epochs.newest
+@main.group()
+def epoch() -> None:
+    """Begin epochs, and tell which there are.
+
+    An epoch is the time of one issuer key and one tariff. The last few can be presented (`keep`
+    in the settings); clients move their tokens to the newest by themselves, at random times.
+    Tokens left in an epoch that ended are worth nothing.
+    """
+
+
+@epoch.command(
+    short_help="Begin the next epoch.",
+    epilog="Examples: hpkvd epoch rotate;  hpkvd epoch rotate --data /srv/hpkvd",
+)
+@data_option
+@json_option
+@failures
+def rotate(data: Path, as_json: bool) -> None:
+    """Begin the next epoch, with the tariff in the settings; also while the server runs.
+
+    A running server takes it up within seconds. What ends thereby is forgotten in the background,
+    or when the server is started next.
+    """
+    config = settings.load(data)
+    directory = data / settings.EPOCHS
+    oldest = _oldest(data, config, epoch_files.newest_number(directory) + 1)
+    begun = epoch_files.rotate(directory, config.tariff, secrets.token_bytes, oldest)
+    assert begun is not None
+    if as_json:
+        digest = begun.parameters.digest.hex()
+        click.echo(json.dumps({"number": begun.number, "digest": digest, "oldest": oldest}))
+    else:
+        click.echo(
+            f"epoch {begun.number} has begun; tokens of epoch {oldest} and later ones can be"
+            " presented"
+        )
+
+
+@epoch.command(
+    "list",
+    short_help="Tell which epochs there are.",
+    epilog="Examples: hpkvd epoch list;  hpkvd epoch list --json | jq '.epochs[-1].tariff'",
+)
+@data_option
+@json_option
+@failures
+def list_epochs(data: Path, as_json: bool) -> None:
+    """Tell which epochs there are, when they began and what they charge, the oldest first."""
+    config = settings.load(data)
+    directory = data / settings.EPOCHS
+    published = epoch_files.published(directory)
+    newest = published[-1].number
+    oldest = _oldest(data, config, newest)
+    rows = [
+        {
+            "number": one.number,
+            "digest": one.digest.hex(),
+            "began": _day(epoch_files.began(directory, one.number)),
+            "state": _state(one.number, oldest, newest),
+            "tariff": asdict(one.tariff),
+        }
+        for one in published
+    ]
+    click.echo(json.dumps({"epochs": rows}) if as_json else _table(rows))
+
+
+def _oldest(data: Path, config: Config, newest: int) -> int:
+    ledger = open_ledger(data, config)
+    try:
+        return epoch_files.oldest_kept(newest, config.epochs.keep, ledger.oldest_epoch)
+    finally:
+        ledger.close()
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+
+
+def _state(number: int, oldest: int, newest: int) -> str:
+    if number == newest:
+        return "newest"
+    return "accepted" if number >= oldest else "ended"
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'epoch':>6}  {'began':<10}  {'state':<8}  {'digest':<16}  prices"]
+    lines += [
+        f"{row['number']:>6}  {row['began']}  {row['state']:<8}  {row['digest'][:16]}  "
+        f"{_prices(row['tariff'])}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _prices(tariff: dict[str, int]) -> str:
+    return (
+        f"look-up {tariff['look_up']}, insert {tariff['insert']}, refund {tariff['refund']},"
+        f" breakglass entry {tariff['entry']} ({tariff['entry_hours']} hours)"
+    )
+
+
+def _report(newest: EpochParameters, totals: Totals) -> dict[str, Any]:
     return {
-        "epoch": {"number": newest.number, "digest": newest.parameters.digest.hex()},
+        "epoch": {"number": newest.number, "digest": newest.digest.hex()},
         "tariff": asdict(newest.tariff),
         "blobs": totals.blobs,
         "bytes": totals.blobs * BLOB_SIZE,
@@ -178,13 +278,10 @@ def _report(epochs: Epochs, totals: Totals) -> dict[str, Any]:
 
 
 def _text(report: dict[str, Any]) -> str:
-    epoch, tariff = report["epoch"], report["tariff"]
-    tokens, unspent = report["tokens"], report["vouchers"]
+    newest, tokens, unspent = report["epoch"], report["tokens"], report["vouchers"]
     rows = {
-        "epoch": f"{epoch['number']} ({epoch['digest'][:16]})",
-        "tariff": f"look-up {tariff['look_up']}, insert {tariff['insert']},"
-        f" refund {tariff['refund']}, breakglass entry {tariff['entry']}"
-        f" ({tariff['entry_hours']} hours)",
+        "epoch": f"{newest['number']} ({newest['digest'][:16]})",
+        "tariff": _prices(report["tariff"]),
         "blobs": f"{report['blobs']:,} ({report['bytes']:,} bytes)",
         "breakglass entries": f"{report['entries']:,}",
         "requests": f"{report['requests']:,}",

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from hpkvd.epochs import Schedule
 from hpkvd.service import Limits
+from hpkvfs.protocol.messages import MAX_EPOCHS
 from hpkvfs.protocol.tariff import Tariff
 
 FILE: Final = "hpkvd.toml"
@@ -42,6 +44,12 @@ max_gib = {max_gib}
 # Free disk space, in MiB, that insertions leave for look-ups, deletions and refunds.
 reserve_mib = {reserve_mib}
 
+# An epoch is the time of one issuer key and one tariff; tokens belong to one, and clients move
+# theirs to the newest. Read also while serving.
+[epochs]
+keep = {keep}               # so many can be presented; tokens of older ones are worth nothing
+days = {days}            # from one epoch to the next; 0: only by `hpkvd epoch rotate`
+
 # Prices in tokens. They belong to an epoch: a change takes effect with the next one.
 [tariff]
 look_up = {look_up}
@@ -57,7 +65,7 @@ seconds = {seconds}            # for a request to arrive, and for a reply to lea
 stop_seconds = {stop_seconds}       # for the last answers when the server is stopped
 """
 
-T = TypeVar("T", Tariff, Limits)
+T = TypeVar("T", Tariff, Limits, Schedule)
 _PLAIN: Final = ("listen", "workers", "metrics", "ledger", "max_gib", "reserve_mib")
 
 
@@ -75,6 +83,7 @@ class Config:
     ledger: str = field(default="", repr=False)  # it may have a password
     max_gib: int = 0
     reserve_mib: int = 64
+    epochs: Schedule = field(default_factory=Schedule)
     tariff: Tariff = field(default_factory=Tariff)
     limits: Limits = field(default_factory=Limits)
 
@@ -82,6 +91,7 @@ class Config:
         """The file that load reads as this."""
         tables = {one.name: getattr(self.tariff, one.name) for one in fields(Tariff)}
         tables |= {one.name: getattr(self.limits, one.name) for one in fields(Limits)}
+        tables |= {one.name: getattr(self.epochs, one.name) for one in fields(Schedule)}
         plain = {name: getattr(self, name) for name in _PLAIN}
         plain["ledger"] = json.dumps(self.ledger)[1:-1]
         return TEMPLATE.format(**plain, **tables)
@@ -113,6 +123,7 @@ def _config(table: dict[str, Any]) -> Config:
     defaults = Config()
     config = Config(
         **{name: _take(table, name, getattr(defaults, name)) for name in _PLAIN},
+        epochs=_section(table, "epochs", defaults.epochs),
         tariff=_section(table, "tariff", defaults.tariff),
         limits=_section(table, "limits", defaults.limits),
     )
@@ -126,6 +137,8 @@ def _config(table: dict[str, Any]) -> Config:
         or config.limits.seconds <= 0
     ):
         raise ConfigError("reserve_mib cannot be negative, nor any limit zero")
+    if not 1 <= config.epochs.keep <= MAX_EPOCHS or not config.epochs.days >= 0:
+        raise ConfigError(f"keep from 1 to {MAX_EPOCHS} epochs; their days cannot be negative")
     return config
 
 

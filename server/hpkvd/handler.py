@@ -95,6 +95,10 @@ class Handler:
         self._working = 0
         self._complaints = Complaints()
 
+    def use(self, epochs: Epochs) -> None:
+        """Answer out of these epochs from the next request on."""
+        self._epochs = epochs
+
     async def answer(self, frame: bytes) -> bytes:
         """The reply's frame, whatever the request's bytes are; raises nothing of its own."""
         if self._working >= self._queue:
@@ -132,19 +136,27 @@ class Handler:
             return self._parameters(request)
         if isinstance(request, OpenEntryRequest):
             return await self._open_entry(request)
-        epoch = self._epochs.find(request.epoch)
+        epochs = self._epochs
+        epoch = epochs.find(request.epoch)
         if epoch is None:
-            return Refused(Reason.UNKNOWN_EPOCH)
+            return Refused(_epoch_refusal(epochs, request.epoch))
         credentials = parse(request.credentials, request.presented)
         if isinstance(request, ReissueRequest) and not request.presented:
             return _free_credentials(epoch, request, credentials)
-        return await self._purchase(epoch, request, credentials)
+        into = _issuing_epoch(epochs, epoch, request)
+        if isinstance(into, Reason):
+            return Refused(into)
+        return await self._purchase(epoch, into, request, credentials)
 
     def _parameters(self, request: ParametersRequest) -> Reply:
         return self._epochs.tell(request.epoch) or Refused(Reason.UNKNOWN_EPOCH)
 
     async def _purchase(
-        self, epoch: Epoch, request: CredentialedRequest, credentials: CredentialRequest
+        self,
+        epoch: Epoch,
+        into: Epoch,
+        request: CredentialedRequest,
+        credentials: CredentialRequest,
     ) -> Reply:
         fingerprint, change = request.fingerprint, self._change(request, epoch.tariff)
         known = await self._ledger.recall(fingerprint, credentials.serials)
@@ -154,14 +166,14 @@ class Handler:
         if reason is not None:
             return Refused(reason)
         statement = request.statement(epoch.tariff)
-        epoch.issuer.verify(statement, credentials)
+        epoch.issuer.verify(statement, credentials, None if into is epoch else into.issuer)
         transaction = Transaction(
             fingerprint=fingerprint,
             epoch=epoch.number,
             operation=request.operation,
             delta=statement.delta,
             serials=credentials.serials,
-            issued=epoch.issuer.issue(statement, credentials),
+            issued=into.issuer.issue(statement, credentials),
             change=change,
         )
         verdict: Verdict = await self._ledger.apply(transaction)
@@ -229,6 +241,20 @@ class Handler:
         if isinstance(request, LookUpRequest) and fact.outcome is Outcome.FOUND:
             return await self._ledger.read(request.key)
         return None
+
+
+def _epoch_refusal(epochs: Epochs, digest: bytes) -> Reason:
+    return Reason.EPOCH_ENDED if epochs.has_ended(digest) else Reason.UNKNOWN_EPOCH
+
+
+def _issuing_epoch(epochs: Epochs, epoch: Epoch, request: CredentialedRequest) -> Epoch | Reason:
+    """The epoch of the credentials requested: a reissue may move them into a later one."""
+    if not isinstance(request, ReissueRequest) or request.into is None:
+        return epoch
+    into = epochs.find(request.into)
+    if into is None:
+        return _epoch_refusal(epochs, request.into)
+    return into if into.number > epoch.number else Reason.UNKNOWN_EPOCH
 
 
 def _free_credentials(

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from hpkvd.epochs import Epoch, Epochs, first_epoch
+from hpkvd.epochs import Epoch, Epochs, first_epoch, next_epoch
 from hpkvd.handler import Handler
 from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvd.payments import vouchers
-from hpkvfs.net.store import RemoteStore
+from hpkvfs.net.store import Pace, RemoteStore
 from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.tariff import Tariff
 from tests.doubles import Clock, FailingJournal, Wire
@@ -28,6 +28,15 @@ def epoch_one() -> Epoch:
 
 
 @cache
+def chain(length: int) -> tuple[Epoch, ...]:
+    """So many epochs, each after the one before; made once for all tests."""
+    if length == 1:
+        return (epoch_one(),)
+    before = chain(length - 1)
+    return *before, next_epoch(before[-1].parameters, Tariff(), secrets.token_bytes)
+
+
+@cache
 def identity() -> Identity:
     """One identity for all tests of a process."""
     return Identity(secrets.token_bytes(32))
@@ -39,9 +48,20 @@ class World:
 
     directory: Path
     ledger: SqliteLedger
+    handler: Handler
     wire: Wire
     clock: Clock
     journals: list[FailingJournal] = field(default_factory=list)
+    rotations: int = 0
+
+    async def rotate(self, keep: int = 4) -> None:
+        """The server begins an epoch, and ends those before the newest `keep`."""
+        self.rotations += 1
+        epochs = chain(1 + self.rotations)
+        first = max(self.ledger.oldest_epoch, epochs[-keep:][0].number) - 1
+        ended = [one.parameters for one in epochs[:first]]
+        self.handler.use(Epochs(epochs[first:], identity(), ended))
+        await self.ledger.retire(first + 1)
 
     def voucher(self, amount: int) -> str:
         """The text of a new voucher."""
@@ -54,6 +74,7 @@ class World:
         max_in_flight: int = 4,
         name: str = "wallet",
         identity: bytes | None = None,
+        pace: Pace | None = None,
     ) -> RemoteStore:
         """A store over this client's journal; the last in `journals` is its."""
         journal = FailingJournal(self.directory / name, KEY, secrets.token_bytes)
@@ -64,6 +85,7 @@ class World:
             secrets.token_bytes,
             identity=identity,
             patience=patience,
+            pace=pace or Pace(),
             max_in_flight=max_in_flight,
         )
 
@@ -91,7 +113,7 @@ class World:
         sums, totals = store.conservation, self.ledger.totals()
         assert sums.holds
         assert sums.balance.pending == 0
-        assert sums.balance.total == totals.outstanding
+        assert sums.balance.total + sums.book.expired == totals.outstanding
         book = (sums.book.bought, sums.book.spent, sums.book.refunded)
         assert book == (totals.issued, totals.charged, totals.refunded)
 
@@ -105,7 +127,7 @@ async def running(directory: Path) -> AsyncIterator[World]:
         async with ledger.serving():
             clock = Clock()
             handler = Handler(Epochs([epoch_one()], identity()), ledger, clock)
-            world = World(directory, ledger, Wire(handler.answer), clock)
+            world = World(directory, ledger, handler, Wire(handler.answer), clock)
             try:
                 yield world
             finally:

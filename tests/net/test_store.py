@@ -13,8 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from hpkvd.epochs import Epoch, Epochs, first_epoch
-from hpkvd.handler import Handler
+from hpkvd.epochs import first_epoch
 from hpkvfs.errors import (
     EmptyWallet,
     KeyAbsent,
@@ -30,7 +29,7 @@ from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol import messages
 from hpkvfs.protocol.codec import REPLY_SIZE
-from hpkvfs.protocol.credential import Issuer, IssuerParameters, parse
+from hpkvfs.protocol.credential import IssuerParameters, parse
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.group import SigningKey
 from hpkvfs.protocol.identity import Identity
@@ -714,22 +713,3 @@ async def test_a_table_that_betrays_amounts_is_refused(world: World) -> None:
     store = world.client()
     with pytest.raises(Misbehaviour, match="betray"):
         await store.parameters()
-
-
-async def test_a_new_epoch_is_taken_up_and_the_old_one_spent(world: World) -> None:
-    store = await world.rich_client(12)
-    first = epoch_one()
-    issuer = Issuer.generate(secrets.token_bytes)
-    parameters = EpochParameters(2, Tariff(), issuer.parameters, first.parameters.digest)
-    second = Epoch(parameters, issuer)
-    world.wire.answer = Handler(Epochs([first, second], identity()), world.ledger).answer
-    await world.journals[-1].flush()
-    world.kill()
-    store = world.client()
-    assert (await store.parameters()).number == 2
-    await store.redeem(world.voucher(100))
-    for _ in range(2):
-        signer, blob = new_blob()
-        await store.insert(signer.public, blob, b"")
-    assert store.balance.total == 92
-    world.assert_conserved(store)

@@ -51,6 +51,16 @@ def parameters() -> IssuerParameters:
 
 
 @cache
+def next_issuer() -> Issuer:
+    return Issuer.generate(Stream("next issuer"))
+
+
+@cache
+def next_epoch() -> EpochParameters:
+    return EpochParameters(1, TARIFF, next_issuer().parameters, epoch().digest)
+
+
+@cache
 def epoch() -> EpochParameters:
     return EpochParameters(0, TARIFF, issuer().parameters, NO_EPOCH)
 

@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 
-from tests.protocol.parties import epoch, parameters
+from tests.protocol.parties import epoch, next_epoch, parameters
 from tests.protocol.vectors import frozen
 
 P = 2**256 - 2**32 - 977
@@ -188,19 +188,19 @@ def test_the_credentials_presented_are_as_documented(known: Known) -> None:
         assert enc(mul(r, gen("Gs"))) == known.request[165 * place + 132 : 165 * place + 165]
 
 
-def test_the_request_is_as_documented(known: Known) -> None:
-    points = [dec(raw) for raw in cut(known.request[:660], 33)]
-    e, *x = map(num, cut(known.request[660:], 32))
+Fields = tuple[tuple[str, bytes], ...]
+
+
+def check_request(known: Known, request: bytes, statement: Fields, into: Fields, y: int) -> None:
+    """The challenge is that of what the responses come to, with digits made with y."""
+    delta = int.from_bytes(statement[-1][1], "big", signed=True)
+    points = [dec(raw) for raw in cut(request[:660], 33)]
+    e, *x = map(num, cut(request[660:], 32))
     x.append(0)
     outs = [sum(256 ** (3 - j) * x[10 + 9 * i + 5 + j] for j in range(4)) for i in (0, 1)]
-    x[27] = (x[3] + x[8] + e * known.delta - sum(outs)) % N
-    fields = (
-        ("issuer", known.issuer),
-        ("presented", b"\2"),
-        ("points", known.request[:660]),
-    )
-    digest = transcript("hpkv/request/v1", *known.statement, *fields)
-    pz, ps1, ps2, pm = weights_of(digest)
+    x[27] = (x[3] + x[8] + e * delta - sum(outs)) % N
+    fields = (("issuer", known.issuer), *into, ("presented", b"\2"), ("points", request[:660]))
+    pz, ps1, ps2, pm = weights_of(transcript("hpkv/request/v1", *statement, *fields))
     owned, commitments = [], b""
     for i in (0, 1):
         ca, cx0, cx1, cv, serial = points[5 * i : 5 * i + 5]
@@ -219,10 +219,34 @@ def test_the_request_is_as_documented(known: Known) -> None:
         a = sum(256 ** (3 - j) * both[4 + j] for j in range(4))
         attributes += [(s * (1, pm)[i], b) for s, b in ((a, gen("Gg")), (r, gen("Gh")), (-e, m))]
         for j in range(4):
-            digits += enc(lin((both[j], G), (-both[4 + j] - e * known.y, vs[j])))
+            digits += enc(lin((both[j], G), (-both[4 + j] - e * y, vs[j])))
     commitments = enc(lin(*owned)) + commitments + enc(lin(*attributes)) + digits
-    digest = transcript("hpkv/request/v1", *known.statement, *fields, ("commitments", commitments))
+    digest = transcript("hpkv/request/v1", *statement, *fields, ("commitments", commitments))
     assert e == short(digest[:16])
+
+
+def test_the_request_is_as_documented(known: Known) -> None:
+    check_request(known, known.request, known.statement, (), known.y)
+
+
+def test_a_move_between_epochs_is_as_documented(known: Known) -> None:
+    """What is presented is checked with one key, the digits and the reply with the other."""
+    move = frozen()["move"]
+    request, reply = bytes.fromhex(move["request"]), bytes.fromhex(move["reply"])
+    w, _, x0, x1, ya, y = map(num, cut(bytes.fromhex(move["issuer"])[:192], 32))
+    into = transcript("hpkv/issuer/v1", ("parameters", next_epoch().issuer.encoded))[:32]
+    statement = (
+        known.statement[0],
+        ("operation", b"\2"),
+        ("context", bytes.fromhex(move["epoch_digest"])),
+        ("delta", bytes(8)),
+    )
+    check_request(known, request, statement, (("into", into),), y)
+    for i, raw in enumerate(map(bytes.fromhex, move["issued"].split())):
+        m = dec(request[330 + 165 * i : 363 + 165 * i])
+        t, u = num(raw[36:68]), dec(raw[68:101])
+        assert raw[101:] == enc(lin((w, gen("Gw")), (x0 + x1 * t, u), (ya, m)))
+        assert raw[36:] == reply[98 * i : 98 * i + 98]
 
 
 def test_the_reply_is_as_documented(known: Known) -> None:

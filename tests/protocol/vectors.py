@@ -13,8 +13,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hpkvfs.protocol.credential import parse, prepare
 from hpkvfs.protocol.tariff import Operation
-from tests.protocol.parties import Stream, epoch, issuer, parameters, purse, settle, statement
+from tests.protocol.parties import (
+    Stream,
+    epoch,
+    issuer,
+    next_epoch,
+    next_issuer,
+    parameters,
+    purse,
+    settle,
+    statement,
+)
 
 PATH = Path(__file__).parents[1] / "vectors" / "credentials.json"
 
@@ -43,5 +54,25 @@ def exchange() -> dict[str, str]:
     }
 
 
+def move() -> dict[str, str]:
+    """The purse moved into the next epoch."""
+    about = statement(Operation.REISSUE, next_epoch().digest)
+    target = next_issuer().parameters
+    draft = prepare(parameters(), about, purse(), (500, 500), Stream("move"), target)
+    request = parse(draft.request, 2)
+    reply = next_issuer().issue(about, request)
+    first, second = draft.finish(target, reply)
+    return {
+        "issuer": next_issuer().to_bytes().hex(),
+        "epoch_digest": next_epoch().digest.hex(),
+        "request": request.encoded.hex(),
+        "draft": draft.encode().hex(),
+        "reply": reply.hex(),
+        "issued": f"{first.encode().hex()} {second.encode().hex()}",
+    }
+
+
 if __name__ == "__main__":
-    PATH.write_text(json.dumps({**frozen(), "exchange": exchange()}, indent=2) + "\n")
+    PATH.write_text(
+        json.dumps({**frozen(), "exchange": exchange(), "move": move()}, indent=2) + "\n"
+    )

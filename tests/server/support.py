@@ -125,6 +125,17 @@ class Purse:
     def reissue(self) -> Purchase:
         return self.buy(ReissueRequest(self.epoch, 2))
 
+    def move(self, into: EpochParameters) -> Purchase:
+        """Two credentials for two of another epoch."""
+        request = ReissueRequest(self.epoch, 2, into.digest)
+        presented = [self.held.pop() for _ in range(2)]
+        amounts = (sum(one.amount for one in presented), 0)
+        about = request.statement(self.parameters.tariff)
+        draft = prepare(
+            self.parameters.issuer, about, presented, amounts, secrets.token_bytes, into.issuer
+        )
+        return Purchase(replace(request, credentials=draft.request), draft, into)
+
     def look_up(self, key: bytes) -> Purchase:
         return self.buy(LookUpRequest(self.epoch, key))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -366,3 +367,24 @@ async def test_a_store_that_is_full_refuses_growth_and_still_reads_and_deletes(u
         assert await ledger.refusal(entry("y", 1)) is Reason.FULL
         assert await ledger.refusal(delete("x")) is None
         assert isinstance(await ledger.apply(transaction("b", delete("x"), "s3", "s4")), Done)
+
+
+async def test_an_epoch_that_ended_is_refused_and_forgotten(funded: Engine) -> None:
+    late = replace(transaction("late", insert("late"), "s5", "s6"), epoch=2)
+    await funded.apply(transaction("a", insert("x"), "s1", "s2"))
+    await funded.apply(replace(transaction("b", insert("y"), "s3", "s4"), epoch=2))
+    before = funded.totals()
+    await funded.retire(2)
+    await funded.retire(1)
+    assert funded.oldest_epoch == 2
+    for what in ("a", "new"):
+        again = transaction(what, insert("z"), "s1", "s2")
+        assert outcome(await funded.apply(again)) is Reason.EPOCH_ENDED
+    known = await funded.apply(replace(transaction("c", insert("z"), "s3", "s4"), epoch=2))
+    assert isinstance(known, Known)
+    with trio.fail_after(10):
+        while funded.totals().requests != 1:
+            await trio.sleep(0.01)
+    assert funded.totals() == replace(before, requests=1, serials=2)
+    assert outcome(await funded.apply(late)) is Outcome.INSERTED
+    assert await funded.read(key("x")) == blob("x")

@@ -197,7 +197,7 @@ async def test_no_record_joins_a_key_to_a_serial(funded: SqliteLedger) -> None:
 
 async def test_a_ledger_without_room_for_entries_is_given_it(path: Path) -> None:
     connection = sqlite3.connect(path)
-    connection.executescript("DROP TABLE entry; PRAGMA user_version = 1;")
+    connection.executescript("DROP TABLE entry; DROP TABLE ended; PRAGMA user_version = 1;")
     connection.close()
     async with opened(f"sqlite://{path}") as ledger:
         assert ledger.totals().entries == 0

@@ -55,8 +55,9 @@ def prepare(
     presented: Sequence[Credential],
     amounts: tuple[int, int],
     rng: Rng,
+    into: IssuerParameters | None = None,
 ) -> Draft:
-    """As credential.prepare."""
+    """As credential.prepare; the statement's context names the epoch of `into` as well."""
     if sum(one.amount for one in presented) + statement.delta != sum(amounts):
         raise ValueError("what is presented and requested does not balance")
     if not all(0 <= amount < AMOUNT_LIMIT for amount in amounts):
@@ -81,7 +82,9 @@ def parse(encoded: bytes, presented: int) -> Any:
     return CheapRequest(encoded, shown, wanted)
 
 
-def verify(issuer: Issuer, statement: Statement, request: CheapRequest) -> None:
+def verify(
+    issuer: Issuer, statement: Statement, request: CheapRequest, into: Issuer | None = None
+) -> None:
     """As Issuer.verify."""
     if not statement.admits(len(request.shown)):
         raise BadProof("so many are not presented")

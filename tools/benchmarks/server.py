@@ -93,7 +93,7 @@ def make_load(home: Path, requests: int) -> Load:
     if made.returncode != 0:
         raise RuntimeError(made.stderr)
     server = identity.load(data / config.IDENTITY)
-    epoch = epochs.load(data / config.EPOCHS, server).newest
+    epoch = epochs.load(data / config.EPOCHS, server, keep=1).newest
     purse = Purse(epoch.parameters)
     voucher = Voucher.generate(2**31, secrets.token_bytes)
     redeem = purse.redeem(voucher).frame

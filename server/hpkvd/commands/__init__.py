@@ -13,12 +13,12 @@ import platformdirs
 from click.core import ParameterSource
 
 from hpkvd import config as settings
-from hpkvd import epochs as epoch_files
 from hpkvd import identity as identity_file
 from hpkvd.config import Config, ConfigError
-from hpkvd.epochs import EpochError, Epochs
+from hpkvd.epochs import EpochError
 from hpkvd.identity import IdentityError
 from hpkvd.ledger import Engine, LedgerBusy, LedgerError, urls
+from hpkvd.rotation import Rotation
 from hpkvd.supervisor import WorkerFailed
 from hpkvfs.types import BLOB_SIZE
 
@@ -96,10 +96,9 @@ ledger_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 
 
-def load_epochs(data: Path) -> Epochs:
-    """The epochs of a data directory, with its identity; EpochError, IdentityError."""
-    identity = identity_file.load(data / settings.IDENTITY)
-    return epoch_files.load(data / settings.EPOCHS, identity)
+def rotation(data: Path, ledger: Engine) -> Rotation:
+    """What keeps the epochs of a data directory, signed with its identity; IdentityError."""
+    return Rotation(data, identity_file.load(data / settings.IDENTITY), ledger)
 
 
 def ledger_url(data: Path, config: Config, given: str | None = None) -> str:

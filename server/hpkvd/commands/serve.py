@@ -25,8 +25,8 @@ from hpkvd.commands import (
     failures,
     ledger_option,
     ledger_url,
-    load_epochs,
     open_ledger,
+    rotation,
 )
 from hpkvd.config import Config, ConfigError
 from hpkvd.handler import Handler
@@ -67,12 +67,9 @@ def serve(
     """
     log.start()
     config = settings.load(data)
-    epochs = load_epochs(data)
-    if epochs.newest.tariff != config.tariff:
-        log.tell("the tariff in the settings differs from the epoch's, which stays until the next")
     if ledger is not None:
         os.environ["HPKVD_LEDGER"] = ledger  # for the workers; not in their command lines
-    open_ledger(data, config, ledger).close()  # say now what is wrong with it, and once
+    _look_over(data, config, ledger)
     page_address = _metrics_address(metrics or config.metrics)
     sockets = systemd.take_sockets() or _bind(Address(*settings.address(listen or config.listen)))
     announce = partial(_announce, ready_fd, serving.name(sockets[0]))
@@ -82,6 +79,17 @@ def serve(
     else:
         trio.run(_supervise, data, config, sockets, count, page_address, announce)
     log.tell("stopped")
+
+
+def _look_over(data: Path, config: Config, url: str | None) -> None:
+    """Say now what is wrong with the ledger or the epochs, and once."""
+    ledger = open_ledger(data, config, url)
+    try:
+        epochs = rotation(data, ledger).load(config)
+    finally:
+        ledger.close()
+    if epochs.newest.tariff != config.tariff:
+        log.tell("the tariff in the settings differs from the epoch's, which stays until the next")
 
 
 @click.command(hidden=True)
@@ -180,9 +188,13 @@ async def _answer(
     ledger = open_ledger(data, config, url)
     try:
         with custody.in_use(ledger_url(data, config, url)):
-            async with ledger.serving():
-                handler = Handler(load_epochs(data), ledger, meter=meter, queue=config.limits.queue)
+            async with ledger.serving(), trio.open_nursery() as nursery:
+                keeper = rotation(data, ledger)
+                epochs = keeper.load(config)
+                handler = Handler(epochs, ledger, meter=meter, queue=config.limits.queue)
+                nursery.start_soon(keeper.run, handler, epochs)
                 await serving.answer(sockets, handler, config.limits, stop, ready)
+                nursery.cancel_scope.cancel()
     finally:
         ledger.close()
 

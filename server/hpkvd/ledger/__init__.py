@@ -4,10 +4,12 @@ One Transaction holds everything a request changes: its serials, its fingerprint
 and the issuer's reply, the blob stored or deleted, the voucher redeemed, and the books. It
 happens as a whole, once, and durably before anybody hears of it. Therefore:
 
-- a serial belongs to one request, for ever; a voucher to one request, for ever;
+- a serial belongs to one request for as long as its epoch lasts; a voucher to one, for ever;
 - a request that was performed is recalled with the fact and the reply it had;
 - a request that was refused left nothing behind;
-- issued = outstanding + charged - refunded, always.
+- issued = outstanding + charged - refunded, always. Outstanding are also the tokens that ended
+  with their epoch: how many a client moved out of it in time is hidden (docs/credentials.md), so
+  nobody but the clients can tell.
 
 The ledger is the only judge: whatever a handler saw before is checked again inside the
 transaction. No record holds a time, and none that outlives a request holds both a serial and a
@@ -175,6 +177,15 @@ class Ledger(Protocol):
 
     async def open_entry(self, opening: Opening) -> StoredEntry | None:
         """The entry with its timer running, durably; None if it is not there or another."""
+        ...
+
+    async def retire(self, oldest: int) -> None:
+        """No epoch below this one is presented any more, durably; what is kept of them goes."""
+        ...
+
+    @property
+    def oldest_epoch(self) -> int:
+        """Number of the oldest epoch that can be presented; requests of others are refused."""
         ...
 
     async def drop_entries(self, now: int) -> None:

@@ -56,8 +56,9 @@ def _sums(rows: Rows, issued: int, charged: int, refunded: int) -> Iterator[str]
 
 
 def _swept(rows: Rows) -> bool:
-    """Whether requests of ended epochs may be gone."""
-    return False
+    """Whether requests of ended epochs may be gone: the first epoch is number 1."""
+    (oldest,) = rows.one("SELECT oldest FROM ended")
+    return int(oldest) > 1
 
 
 def _orphans(rows: Rows) -> Iterator[str]:
@@ -68,7 +69,9 @@ def _orphans(rows: Rows) -> Iterator[str]:
     if orphans:
         yield f"{orphans:,} spent serials belong to no request"
     (odd,) = rows.one(
-        "SELECT count(*) FROM (SELECT 1 FROM serial GROUP BY fingerprint HAVING count(*) <> 2) odd"
+        "SELECT count(*) FROM (SELECT 1 FROM serial WHERE EXISTS"
+        " (SELECT 1 FROM request, ended WHERE request.fingerprint = serial.fingerprint"
+        " AND request.epoch >= ended.oldest) GROUP BY fingerprint HAVING count(*) <> 2) odd"
     )
     if odd:
         yield f"{odd:,} requests have another number of serials than two"

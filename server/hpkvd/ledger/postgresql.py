@@ -9,8 +9,8 @@ Why no two servers can spend one serial. READ COMMITTED is enough, since each de
 
 - the absence of a row (a serial, a fingerprint, a key) that the same transaction then inserts:
   its primary key lets one of two do so, and the other, told so, decides its whole batch anew;
-- or on a row that was read FOR UPDATE (a blob to delete, a voucher, an entry): nobody changes
-  it before COMMIT.
+- or on a row that was read FOR UPDATE (a blob to delete, a voucher, an entry), or FOR SHARE (the
+  oldest epoch in use): nobody changes it before COMMIT, so no serial is forgotten under a batch.
 
 When the answer to COMMIT is lost (the server died, a standby took over) the batch is decided anew
 on a new connection. What had been committed is then found as known, with its stored reply, and
@@ -55,15 +55,18 @@ from hpkvd.ledger import (
     Transaction,
     Verdict,
     rules,
+    sweep,
 )
 from hpkvd.ledger.group import Group
-from hpkvd.ledger.rules import Drop, Job, Posting, Result
+from hpkvd.ledger.rules import Drop, Job, Posting, Result, Retire
+from hpkvd.ledger.sweep import Sweep
 from hpkvd.log import Complaints
 from hpkvfs.protocol.messages import Done, Fact, Outcome, Reason, Refused, StoredFact
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
+SWEEP_ROWS: Final = 500
 FAILOVER_SECONDS: Final = 20.0
 CONNECT_SECONDS: Final = 3
 SERVING: Final = "hpkvd serve"  # the application_name of servers
@@ -119,6 +122,8 @@ CREATE TABLE books (
 );
 INSERT INTO books VALUES (0, 0, 0, 0, 0, 0, 0, 0);
 """
+_OLDEST: Final = "SELECT oldest FROM ended FOR SHARE"
+_SWEPT: Final = "UPDATE books SET requests = requests - %b, serials = serials - %b"
 # Ciphertext does not compress: PostgreSQL need not try. Others may not know the word.
 TUNING: Final = "ALTER TABLE blob ALTER COLUMN blob SET STORAGE EXTERNAL"
 
@@ -232,7 +237,7 @@ class _Needs:
                 self.blobs.add(key)
             case Opening(key) | _EntryAt(key):
                 self.entries.add(key)
-            case Drop():
+            case Drop() | Retire():
                 pass
 
     def _request(self, fingerprint: bytes, serials: Iterable[bytes]) -> None:
@@ -263,6 +268,7 @@ class _Sheet:
         self._blobs: dict[bytes, bytes] = {}
         self._vouchers: dict[bytes, tuple[int, bool]] = {}
         self._entries: dict[bytes, _StoredRow] = {}
+        self.oldest_epoch = 0
         self._recorded: list[tuple[Transaction, Fact]] = []
         self._statements: list[tuple[str, tuple[object, ...]]] = []
 
@@ -283,9 +289,14 @@ class _Sheet:
             for query, keys, add in wanted:
                 if keys:
                     asked.append((connection.execute(query, (list(keys),), binary=True), add))
+            if lock:
+                asked.append((connection.execute(_OLDEST), self._set_oldest))
         for cursor, add in asked:
             for row in cursor.fetchall():
                 add(*row)
+
+    def _set_oldest(self, oldest: int) -> None:
+        self.oldest_epoch = oldest
 
     def _add_fact(
         self, fingerprint: bytes, operation: int, outcome: int, delta: int, issued: bytes
@@ -370,6 +381,12 @@ class _Sheet:
     def drop_entries(self, now: int) -> None:
         """See rules.Tables."""
         self._later("DELETE FROM entry WHERE gone_at <= %b", now)
+
+    def retire(self, oldest: int) -> None:
+        """See rules.Tables."""
+        if oldest > self.oldest_epoch:
+            self.oldest_epoch = oldest
+            self._later("UPDATE ended SET oldest = %b", oldest)
 
     def record(self, transaction: Transaction, fact: Fact) -> None:
         """See rules.Tables."""
@@ -489,10 +506,11 @@ class PostgresqlLedger:
         self._complaints = Complaints()
         self._writer = _Session(url, autocommit=False)
         self._reader = _Session(url, autocommit=True)
-        self._writing: Group[Job, Result] = Group(self._perform)
+        self._writing: Group[Job, Result] = Group(self._perform, self._sweep_some)
         self._reading: Group[_Question, _Answer] = Group(self._ask)
         with translated(), connect(url, autocommit=True) as connection:
             check_version(connection)
+            self._sweep = Sweep(connection, "%b")
 
     @classmethod
     def create(cls, url: str) -> None:
@@ -500,7 +518,7 @@ class PostgresqlLedger:
         with translated(), connect(url, autocommit=False) as connection:
             if _version(connection) is not None:
                 raise LedgerError("the database has a ledger already")
-            connection.execute(SCHEMA.encode())
+            connection.execute((SCHEMA + sweep.SCHEMA).encode())
             connection.execute(
                 "INSERT INTO hpkvd (id, version, state) VALUES (0, %s, 'ready')", (SCHEMA_VERSION,)
             )
@@ -577,6 +595,37 @@ class PostgresqlLedger:
         """Delete what is gone by now from the disk too."""
         await self._writing.submit(Drop(now))
 
+    async def retire(self, oldest: int) -> None:
+        """No epoch below this one is presented any more, durably; what is kept of them goes."""
+        await self._writing.submit(Retire(oldest))
+        await trio.to_thread.run_sync(self._reader.run, self._sweep.refresh)
+
+    @property
+    def oldest_epoch(self) -> int:
+        """Number of the oldest epoch that can be presented, as far as this process knows."""
+        return self._sweep.oldest
+
+    async def _sweep_some(self) -> bool:
+        """Drop some rows of ended epochs; False if there are none."""
+        if not self._sweep.due:
+            return False
+        try:
+            await trio.to_thread.run_sync(self._writer.run, self._step)
+        except LedgerError as error:
+            self._complaints.complain(f"what is kept of ended epochs stays for now: {error}")
+            return False
+        return True
+
+    def _step(self, connection: Connection) -> None:
+        try:
+            self._sweep.refresh(connection)
+            if self._sweep.due:
+                connection.execute(_SWEPT, self._sweep.step(connection, SWEEP_ROWS))
+            connection.commit()
+        except psycopg.Error:
+            self._sweep.restart()
+            raise
+
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[PostgresqlLedger]:
         """Run reader and writer; what was queued is performed before this ends."""
@@ -585,10 +634,12 @@ class PostgresqlLedger:
 
     async def _perform(self, jobs: Sequence[Job]) -> Sequence[Result]:
         try:
-            return await trio.to_thread.run_sync(self._writer.run, lambda c: _write(c, jobs))
+            results = await trio.to_thread.run_sync(self._writer.run, lambda c: _write(c, jobs))
         except LedgerError as error:
             self._complaints.complain(f"requests are refused, nothing is lost: {error}")
             raise
+        await self._sweep_some()
+        return results
 
     async def _ask(self, questions: Sequence[_Question]) -> Sequence[_Answer]:
         return await trio.to_thread.run_sync(self._reader.run, lambda c: self._answer(c, questions))
@@ -675,6 +726,9 @@ def check_version(connection: Connection) -> None:
             f" {SCHEMA_VERSION}); upgrade hpkvd"
         )
     row = connection.execute("SELECT state FROM hpkvd").fetchone()
+    if version < SCHEMA_VERSION:
+        connection.execute(f"BEGIN; {sweep.SCHEMA} COMMIT;".encode())
+        connection.execute("UPDATE hpkvd SET version = %s", (SCHEMA_VERSION,))
     if row == ("filling",):
         raise LedgerError("this ledger is not complete; run `hpkvd migrate` again, to its end")
     if row == ("moved",):

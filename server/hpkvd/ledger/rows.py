@@ -43,6 +43,7 @@ TABLES: Final = (
 )
 # Tables of one row, taken over last: they say that all the rest is there.
 SINGLE: Final = (
+    Table("ended", ("id", "oldest", "swept")),
     Table(
         "books",
         (

@@ -39,7 +39,14 @@ class Drop:
     now: int
 
 
-Job: TypeAlias = Transaction | Opening | Drop
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """No epoch below this one can be presented any more."""
+
+    oldest: int
+
+
+Job: TypeAlias = Transaction | Opening | Drop | Retire
 Result: TypeAlias = Verdict | StoredEntry | None
 
 
@@ -122,6 +129,15 @@ class Tables(Reading, Protocol):
         """Those whose timers have fired."""
         ...
 
+    @property
+    def oldest_epoch(self) -> int:
+        """Number of the oldest epoch that can be presented; it stays so until COMMIT."""
+        ...
+
+    def retire(self, oldest: int) -> None:
+        """Unless it is that or a later one already."""
+        ...
+
     def record(self, transaction: Transaction, fact: Fact) -> None:
         """The request and its serials; neither is there yet."""
         ...
@@ -138,6 +154,9 @@ def perform(tables: Tables, job: Job, posting: Posting) -> Result:
                 return None
             tables.start_timer(job)
             return tables.entry(key, now)
+        case Retire(oldest):
+            tables.retire(oldest)
+            return None
         case Drop(now):
             tables.drop_entries(now)
             return None
@@ -161,6 +180,8 @@ def refusal(tables: Reading, change: Change) -> Reason | None:
 
 
 def _apply(tables: Tables, transaction: Transaction, posting: Posting) -> Verdict:
+    if transaction.epoch < tables.oldest_epoch:
+        return Refused(Reason.EPOCH_ENDED)
     known = tables.known(transaction.fingerprint, transaction.serials)
     if known:
         return Known(known)

@@ -46,17 +46,21 @@ from hpkvd.ledger import (
     Transaction,
     Verdict,
 )
+from hpkvd.ledger import sweep as ended
+from hpkvd.ledger.sweep import Sweep
 from hpkvd.log import Complaints
 from hpkvfs.protocol.messages import Done, Fact, Outcome, Reason, Refused, StoredFact
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 
 APPLICATION: Final = int.from_bytes(b"hpkv", "big")
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 BATCH: Final = 64
 LOCK_SECONDS: Final = 5.0
 RESERVE: Final = 64 * 2**20
 VACUUM_PAGES: Final = 1024
+SWEEP_ROWS: Final = 500
+SWEEP_ROWS_WHEN_BUSY: Final = 64
 
 SCHEMA: Final = """
 CREATE TABLE request (
@@ -170,7 +174,14 @@ class _Drop:
     now: int
 
 
-_Job: TypeAlias = Transaction | Opening | _Drop
+@dataclass(frozen=True, slots=True)
+class _Retire:
+    """No epoch below this one can be presented any more."""
+
+    oldest: int
+
+
+_Job: TypeAlias = Transaction | Opening | _Drop | _Retire
 _Result: TypeAlias = Verdict | StoredEntry | None
 
 
@@ -205,6 +216,7 @@ class SqliteLedger:
             self._write = _connect(path)
             _check_version(self._write, path)
             _upgrade(self._write)
+            self._sweep = Sweep(self._write)
             self._read = _connect(path)
             self._read.execute("PRAGMA query_only = 1")
 
@@ -219,7 +231,8 @@ class SqliteLedger:
                 "PRAGMA page_size = 4096; PRAGMA auto_vacuum = INCREMENTAL;"
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
                 f"BEGIN; PRAGMA application_id = {APPLICATION};"
-                f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} {ENTRIES} COMMIT;"
+                f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} {ENTRIES}"
+                f"{ended.SCHEMA} COMMIT;"
             )
             connection.close()
 
@@ -303,6 +316,15 @@ class SqliteLedger:
         """Delete what is gone by now from the disk too."""
         await self._written(_Drop(now))
 
+    async def retire(self, oldest: int) -> None:
+        """No epoch below this one is presented any more, durably; what is kept of them goes."""
+        await self._written(_Retire(oldest))
+
+    @property
+    def oldest_epoch(self) -> int:
+        """Number of the oldest epoch that can be presented."""
+        return self._sweep.oldest
+
     async def _written(self, job: _Job) -> _Result:
         waiting = _Waiting(job)
         self._queue.append(waiting)
@@ -334,7 +356,8 @@ class SqliteLedger:
                     self._wake = trio.Event()
                     await self._wake.wait()
 
-    async def _perform(self, batch: Sequence[_Waiting]) -> None:
+    async def _perform(self, batch: Sequence[_Waiting]) -> bool:
+        """One transaction of a batch, and of a step of the sweep; whether it could be done."""
         try:
             with _translated():
                 await self._begin()
@@ -345,9 +368,10 @@ class SqliteLedger:
             self._roll_back()
             for waiting in batch:
                 waiting.settle(error)
-            return
+            return False
         for waiting, result in zip(batch, results, strict=True):
             waiting.settle(result)
+        return True
 
     async def _begin(self) -> None:
         """Take the write lock, letting others run while another process holds it."""
@@ -363,8 +387,13 @@ class SqliteLedger:
 
     def _write_all(self, batch: Sequence[_Waiting]) -> list[_Result]:
         posting = _Posting()
+        self._sweep.refresh(self._write)
         results = [self._write_one(waiting.job, posting) for waiting in batch]
-        if posting.requests:
+        if self._sweep.due:
+            swept = self._sweep.step(self._write, SWEEP_ROWS_WHEN_BUSY if batch else SWEEP_ROWS)
+            posting.requests -= swept.requests
+            posting.serials -= swept.serials
+        if posting != _Posting():
             self._write.execute(_BOOKS, astuple(posting))
         return results
 
@@ -376,11 +405,16 @@ class SqliteLedger:
                 self._write.execute(_START_TIMER, (now, key, digest))
                 stored = _entry(self._write, key, now)
                 return stored if stored is not None and stored.digest == digest else None
+            case _Retire(oldest):
+                self._sweep.retire(self._write, oldest)
+                return None
             case _Drop(now):
                 self._write.execute("DELETE FROM entry WHERE gone_at <= ?", (now,))
                 return None
 
     def _apply(self, transaction: Transaction, posting: _Posting) -> Verdict:
+        if transaction.epoch < self._sweep.oldest:
+            return Refused(Reason.EPOCH_ENDED)
         known = _recall(self._write, transaction.fingerprint, transaction.serials)
         if known is not None:
             return known
@@ -436,9 +470,13 @@ class SqliteLedger:
     def _roll_back(self) -> None:
         if self._write.in_transaction:
             self._write.execute("ROLLBACK")
+            self._sweep.reload(self._write)
 
     async def _tidied(self) -> bool:
-        """Give some of the pages that deletions freed back to the disk; False if there are few."""
+        """Drop some rows of ended epochs, or give some of the pages that deletions freed back to
+        the disk; False if there is little of either."""
+        if self._sweep.due:
+            return await self._perform(())
         try:
             (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
             if free < 2 * VACUUM_PAGES:
@@ -471,9 +509,13 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _upgrade(connection: sqlite3.Connection) -> None:
-    """Give a ledger of schema 1, which had no breakglass entries, room for them."""
-    if connection.execute("PRAGMA user_version").fetchone() == (1,):
-        connection.executescript(f"BEGIN IMMEDIATE; {ENTRIES} PRAGMA user_version = 2; COMMIT;")
+    """Give a ledger of an older schema the tables that came later."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    added = "".join((ENTRIES, ended.SCHEMA)[version - 1 :])
+    if added:
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {added} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+        )
 
 
 def _recall(

@@ -1,0 +1,96 @@
+"""A serving server's epochs: begun on schedule, taken up when a command began them, ended.
+
+Ending an epoch has an order: the handler no longer finds it, then the ledger refuses it, durably,
+then what is kept of it goes, the secret key first. A crash in between leaves what the next start
+finishes: the ledger's `oldest_epoch` only grows, so an epoch that ended never comes back.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from hpkvd import config as settings
+from hpkvd import epochs as epoch_files
+from hpkvd import log
+from hpkvd.config import Config, ConfigError
+from hpkvd.epochs import EpochError, Epochs
+from hpkvd.handler import Handler
+from hpkvd.ledger import Ledger, LedgerError
+from hpkvfs.protocol.identity import Identity
+
+POLL_SECONDS: Final = 1.0
+SECONDS_PER_DAY: Final = 86_400
+
+
+class Rotation:
+    """Keeps the epochs that a handler uses those that there are."""
+
+    def __init__(
+        self,
+        data: Path,
+        identity: Identity,
+        ledger: Ledger,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._directory = data / settings.EPOCHS
+        self._data = data
+        self._identity = identity
+        self._ledger = ledger
+        self._clock = clock
+        self._complaints = log.Complaints()
+        self._keep = 0
+
+    def load(self, config: Config) -> Epochs:
+        """The epochs that can be presented; EpochError."""
+        self._keep = config.epochs.keep
+        oldest = self._ledger.oldest_epoch
+        return epoch_files.load(self._directory, self._identity, self._keep, oldest)
+
+    async def run(self, handler: Handler, epochs: Epochs) -> None:
+        """Until cancelled. Errors are told, and tried again: settings may be in the making."""
+        await self._end_others(epochs)
+        while True:
+            await trio.sleep(POLL_SECONDS)
+            try:
+                epochs = await self._turn(handler, epochs)
+            except (ConfigError, EpochError, LedgerError) as error:
+                self._complaints.complain(f"epochs stay as they are: {error}")
+            except OSError as error:
+                self._complaints.complain(f"epochs stay as they are: {error.strerror}")
+
+    async def _turn(self, handler: Handler, epochs: Epochs) -> Epochs:
+        config = settings.load(self._data)
+        if self._is_due(config, epochs):
+            newest = epochs.newest.number
+            oldest = epoch_files.oldest_kept(newest + 1, self._keep, self._ledger.oldest_epoch)
+            rng = secrets.token_bytes
+            epoch_files.rotate(self._directory, config.tariff, rng, oldest, after=newest)
+        number = epoch_files.newest_number(self._directory)
+        if number == epochs.newest.number and config.epochs.keep == self._keep:
+            return epochs
+        changed = self.load(config)
+        handler.use(changed)
+        log.tell(
+            f"epoch {changed.newest.number} is in use; tokens of epoch"
+            f" {changed.oldest.number} and later ones can be presented"
+        )
+        await self._end_others(changed)
+        return changed
+
+    def _is_due(self, config: Config, epochs: Epochs) -> bool:
+        if not config.epochs.days:
+            return False
+        began = epoch_files.began(self._directory, epochs.newest.number)
+        return self._clock() >= began + config.epochs.days * SECONDS_PER_DAY
+
+    async def _end_others(self, epochs: Epochs) -> None:
+        oldest = epochs.oldest.number
+        if oldest > self._ledger.oldest_epoch:
+            await self._ledger.retire(oldest)
+        epoch_files.forget(self._directory, oldest)
