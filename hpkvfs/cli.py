@@ -367,6 +367,8 @@ Examples:
   hpkvfs mount ~/vault
   hpkvfs mount --publish-interval 2 --durability remote ~/vault
   hpkvfs mount --foreground ~/vault        for a service manager; stop it with SIGTERM
+  hpkvfs mount --read-only ~/vault         see what another client writes
+  hpkvfs mount --takeover ~/vault          go on from what another client wrote
 """,
 )
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
@@ -382,6 +384,13 @@ Examples:
 @click.option("--patience", type=click.FloatRange(min=1), metavar="S",
               show_default="20, over Tor 120", help="Seconds until a read gives up.")  # fmt: skip
 @spread_option
+@click.option("--takeover", is_flag=True,
+              help="Go on from what another client wrote to this vault.")  # fmt: skip
+@click.option("--follow-interval", type=click.FloatRange(min=0.1), default=60.0, metavar="S",
+              show_default=True,
+              help="With --read-only: seconds between looks for new generations.")  # fmt: skip
+@click.option("--kept", type=click.IntRange(min=1), metavar="N",
+              help="Show, read-only, the changes that a takeover kept aside.")  # fmt: skip
 @click.option("--ready-fd", type=int, hidden=True)
 @click.option("--password-fd", type=int, hidden=True)
 @pass_settings
@@ -396,6 +405,9 @@ def mount_(
     cache_size: int,
     patience: float | None,
     spread: float,
+    takeover: bool,
+    follow_interval: float,
+    kept: int | None,
     ready_fd: int | None,
     password_fd: int | None,
 ) -> None:
@@ -403,7 +415,15 @@ def mount_(
 
     Also without its server: what was used before can be read, and what is written now is
     published when the server is back.
+
+    One client writes to a vault at a time. If another one did, yours is told, and keeps its
+    changes: with --takeover it goes on from the other's state, with its own changes on top if
+    they fit, or else kept aside. A read-only mount, on another machine with the same words,
+    hinders nobody; it looks for new generations, for a token each time.
     """
+    read_only = read_only or kept is not None
+    if takeover and read_only:
+        raise click.UsageError("a read-only mount takes nothing over")
     settings.password_fd = password_fd
     if ready_fd is None:
         _check_free(settings)
@@ -411,7 +431,9 @@ def mount_(
         flags = ["--publish-interval", str(publish_interval), "--durability", durability,
                  "--cache-size", str(cache_size), "--spread", str(spread)]  # fmt: skip
         flags += ["--patience", str(patience)] if patience is not None else []
+        flags += ["--follow-interval", str(follow_interval)]
         flags += ["--allow-other"] * allow_other + ["--read-only"] * read_only
+        flags += ["--takeover"] * takeover + (["--kept", str(kept)] if kept else [])
         _mount_in_background(settings, directory, flags)
         return
     from hpkvfs.session import Options
@@ -422,6 +444,10 @@ def mount_(
         cache_bytes=cache_size << 20,
         patience=patience,
         spread=spread,
+        read_only=read_only,
+        follow_interval=follow_interval,
+        takeover=takeover,
+        kept=kept,
     )
     _mount_here(settings, directory, options, allow_other, read_only, ready_fd)
 

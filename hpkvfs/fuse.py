@@ -21,12 +21,13 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import pyfuse3
+import trio
 
 from hpkvfs.eager import Trio
 from hpkvfs.errors import EmptyWallet, HpkvError, Unreachable
 from hpkvfs.fs import acl
 from hpkvfs.fs.backend import Backend, run
-from hpkvfs.fs.filesystem import Changes
+from hpkvfs.fs.filesystem import Changes, Filesystem
 from hpkvfs.fs.shelf import SNAPSHOTS_INO, is_fleeting
 from hpkvfs.types import BlobRef, Missing
 from hpkvfs.volume.items import BLOCK, MAX_NAME, Inode
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CACHE_SECONDS = 3_600.0
+FOLLOW_SECONDS = 1.0
 READDIR_BATCH = 200
 LEAST_AHEAD, MOST_AHEAD = 8, 64  # blocks
 MOST_READERS = 1_000
@@ -63,9 +65,11 @@ class Adapter(pyfuse3.Operations):
     enable_writeback_cache = True
     enable_acl = True
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, follows: bool) -> None:
         super().__init__()
         self._backend = backend
+        self._follows = follows
+        self.enable_writeback_cache = not follows  # or the kernel would not believe in a new size
         self._fs = backend.fs
         self._reads: dict[int, _Reading] = {}
 
@@ -99,7 +103,19 @@ class Adapter(pyfuse3.Operations):
 
     def _held(self, inode: Inode) -> pyfuse3.EntryAttributes:
         self._fs.remember(inode.ino)
-        return attributes(inode)
+        return self._attributes(inode)
+
+    def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        return self._brief(attributes(inode))
+
+    def _brief(self, entry: pyfuse3.EntryAttributes) -> pyfuse3.EntryAttributes:
+        """What another client may change is not to be relied on for long."""
+        if self._follows:
+            entry.entry_timeout = entry.attr_timeout = FOLLOW_SECONDS
+        return entry
+
+    def _opened(self, ino: int) -> pyfuse3.FileInfo:
+        return pyfuse3.FileInfo(fh=ino, keep_cache=not self._follows)
 
     # -- names -----------------------------------------------------------------------
 
@@ -110,7 +126,7 @@ class Adapter(pyfuse3.Operations):
         except pyfuse3.FUSEError as error:
             if error.errno != errno.ENOENT or parent_inode == SNAPSHOTS_INO:
                 raise
-            return _absent()
+            return self._brief(_absent())
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """See pyfuse3."""
@@ -135,7 +151,7 @@ class Adapter(pyfuse3.Operations):
         """See pyfuse3."""
         mode = stat.S_IFREG | stat.S_IMODE(mode)
         made = await self._do(self._fs.make, parent_inode, name, mode, ctx.uid, ctx.gid)
-        return _opened(made.ino), self._held(made)
+        return self._opened(made.ino), self._held(made)
 
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: Any) -> Any:
         """See pyfuse3."""
@@ -180,8 +196,8 @@ class Adapter(pyfuse3.Operations):
         while True:
             entries = await self._do(self._fs.listing, fh, after, READDIR_BATCH)
             for entry, inode in entries:
-                after = entry.cookie
-                if not pyfuse3.readdir_reply(token, entry.name, attributes(inode), after + _FIRST):
+                after, found = entry.cookie, self._attributes(inode)
+                if not pyfuse3.readdir_reply(token, entry.name, found, after + _FIRST):
                     return
                 self._fs.remember(inode.ino)
             if len(entries) < READDIR_BATCH:
@@ -192,10 +208,10 @@ class Adapter(pyfuse3.Operations):
         here = await self._do(self._fs.getattr, ino)
         if start_id < _DOT:
             await self._do(self._fs.accessed, ino)
-            if not pyfuse3.readdir_reply(token, b".", attributes(here), _DOT):
+            if not pyfuse3.readdir_reply(token, b".", self._attributes(here), _DOT):
                 return False
         above = await self._do(self._fs.getattr, here.parent)
-        return bool(pyfuse3.readdir_reply(token, b"..", attributes(above), _DOTDOT))
+        return bool(pyfuse3.readdir_reply(token, b"..", self._attributes(above), _DOTDOT))
 
     async def releasedir(self, fh: int) -> None:
         """See pyfuse3."""
@@ -208,7 +224,7 @@ class Adapter(pyfuse3.Operations):
 
     async def getattr(self, inode: int, ctx: Any = None) -> Any:
         """See pyfuse3."""
-        return attributes(await self._do(self._fs.getattr, inode))
+        return self._attributes(await self._do(self._fs.getattr, inode))
 
     async def setattr(self, inode: int, attr: Any, fields: Any, fh: Any, ctx: Any) -> Any:
         """See pyfuse3."""
@@ -221,7 +237,7 @@ class Adapter(pyfuse3.Operations):
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
             ctime=attr.st_ctime_ns if fields.update_ctime else None,
         )
-        return attributes(await self._do(self._fs.setattr, inode, changes))
+        return self._attributes(await self._do(self._fs.setattr, inode, changes))
 
     async def access(self, inode: int, mode: int, ctx: Any) -> bool:
         """See pyfuse3; the kernel checks permissions itself (default_permissions)."""
@@ -273,7 +289,7 @@ class Adapter(pyfuse3.Operations):
         """See pyfuse3."""
         if flags & os.O_TRUNC:
             await self._do(self._fs.setattr, inode, Changes(size=0))
-        return _opened(inode)
+        return self._opened(inode)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """See pyfuse3."""
@@ -404,10 +420,6 @@ def _absent() -> pyfuse3.EntryAttributes:
     return entry
 
 
-def _opened(ino: int) -> pyfuse3.FileInfo:
-    return pyfuse3.FileInfo(fh=ino, keep_cache=True)
-
-
 def mount_options(*, read_only: bool, allow_other: bool) -> set[str]:
     """Options for pyfuse3.init."""
     options = set(pyfuse3.default_options)
@@ -420,11 +432,19 @@ def mount_options(*, read_only: bool, allow_other: bool) -> set[str]:
 
 
 async def serve(
-    backend: Backend, mountpoint: str, options: set[str], ready: Callable[[], None]
+    backend: Backend,
+    mountpoint: str,
+    options: set[str],
+    ready: Callable[[], None],
+    *,
+    follows: bool = False,
 ) -> None:
-    """Mount, answer the kernel until unmounted, and clean up the mount."""
+    """Mount, answer the kernel until unmounted, and clean up the mount.
+
+    `follows`: what is below may change, so the kernel may not rely on it for long.
+    """
     vars(pyfuse3)["trio"] = Trio()  # as pyfuse3.asyncio does
-    pyfuse3.init(Adapter(backend), mountpoint, options)
+    pyfuse3.init(Adapter(backend, follows), mountpoint, options)
     try:
         ready()
         await pyfuse3.main()
@@ -438,6 +458,20 @@ def forget_name(parent: int, name: bytes) -> None:
     pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
     with suppress(OSError):  # it does not know the directory
         pyfuse3.invalidate_inode(parent, attr_only=True)
+
+
+async def forget_caches(fs: Filesystem) -> None:
+    """Have the kernel forget attributes and pages: what is below has changed."""
+    # In a thread: the kernel waits for pages that are being read, which is for us to answer.
+    await trio.to_thread.run_sync(_forget_caches, fs.held())
+
+
+def _forget_caches(inodes: list[int]) -> None:
+    for ino in inodes:
+        try:
+            pyfuse3.invalidate_inode(ino)
+        except OSError as error:  # ENOENT: it forgot it already
+            log.debug("inode %d: %s", ino, error)
 
 
 def stop() -> None:

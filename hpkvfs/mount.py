@@ -46,7 +46,7 @@ from hpkvfs.fs.backend import Backend
 from hpkvfs.fs.shelf import SNAPSHOTS_NAME
 from hpkvfs.keep import Policy
 from hpkvfs.net.transport import Way
-from hpkvfs.session import Options, Session, open_session
+from hpkvfs.session import Options, Session, TakeOver, open_session
 from hpkvfs.state import StateDirectory
 from hpkvfs.timeline import SnapshotBackend, Timeline, is_name_taken
 from hpkvfs.upkeep import look_after
@@ -299,6 +299,7 @@ async def mount(vault: Vault, request: Mount) -> None:
     directory = mount_point(request.directory)
     options = fuse.mount_options(read_only=request.read_only, allow_other=request.allow_other)
     async with opened(vault, request.options) as session:
+        session.followed = lambda: fuse.forget_caches(session.fs)
         await _start(vault, session, request)
         backend: Backend = session
         if request.snapshot is not None:
@@ -343,6 +344,19 @@ async def _start(vault: Vault, session: Session, request: Mount) -> None:
     except StoreError as error:
         session.offline_because = error
         request.notice(f"{error.message}; what is here can be used, and is published later")
+    if session.took_over is not None:
+        request.notice(_told(session.took_over))
+
+
+def _told(took: TakeOver) -> str:
+    """What a user should know of a takeover."""
+    found = f"took over generation {took.generation} of another client"
+    if took.kept is None:
+        return f"{found}; what was written here lies on top of it"
+    return (
+        f"{found}; what was written here ({took.dirty:,} bytes) does not fit it and is kept aside:"
+        f" hpkvfs mount --kept {took.kept} DIR shows it, read-only, until either client runs gc"
+    )
 
 
 _TAKEN: Final = (
@@ -380,7 +394,7 @@ async def _serve(
 
     async with trio.open_nursery() as nursery:
         try:
-            await fuse.serve(backend, str(directory), options, ready)
+            await fuse.serve(backend, str(directory), options, ready, follows=request.read_only)
         except RuntimeError as error:
             if is_mounted:
                 raise

@@ -12,14 +12,14 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import msgpack
 import trio
 
+from hpkvfs import kept
 from hpkvfs.breakglass import Breakglass
 from hpkvfs.errors import (
     CorruptBlob,
@@ -28,6 +28,7 @@ from hpkvfs.errors import (
     SecondWriter,
     VaultError,
 )
+from hpkvfs.fs import overlap
 from hpkvfs.fs.backend import run
 from hpkvfs.fs.filesystem import Filesystem, fail
 from hpkvfs.fs.flush import GroupFlush
@@ -57,12 +58,13 @@ from hpkvfs.volume.gc import CHUNKS, LEAST_CHUNK, Collected, collect, read_list
 from hpkvfs.volume.items import Clock, NameHash
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.volume.volume import Known, MissingExtent, Volume
-from hpkvfs.wallet.journal import KNOWN, Journal, Receipt
+from hpkvfs.wallet.journal import Journal, Receipt
 
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 PROBE_GAP = 32
+POLLS = 8
 RESERVED_BLOBS = 16
 ROOMY_BLOBS = 1_024
 _WRITER = "writer"
@@ -80,6 +82,10 @@ class Options:
     publish_at: dirty bytes that are published without waiting for the interval; patience:
     seconds to try each request; spread: seconds over which each step of a publication is drawn
     out; snapshots_shown: they are readable under `.snapshots` in the root directory.
+
+    read_only: publish nothing, look every follow_interval seconds for what another client did;
+    takeover: go on from what another client wrote; kept: the number of a copy of changes that
+    did not fit it, to be read only.
     """
 
     publish_interval: float = 10.0
@@ -90,6 +96,22 @@ class Options:
     patience: float | None = None
     spread: float = 0.0
     snapshots_shown: bool = True
+    read_only: bool = False
+    follow_interval: float = 60.0
+    takeover: bool = False
+    kept: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """What became of changes not published when another client's generation was taken over.
+
+    `dirty`: their bytes; `kept`: the number of their copy, None if they were put on top.
+    """
+
+    generation: Generation
+    dirty: int
+    kept: int | None
 
 
 class Session:
@@ -109,8 +131,10 @@ class Session:
         clock: Clock,
         breakglass: Breakglass,
         rng: Rng,
+        state: StateDirectory,
     ) -> None:
         self.keys = keys
+        self._state = state
         self.breakglass = breakglass
         self.store = store
         self.volume = volume
@@ -131,6 +155,9 @@ class Session:
         self._settled = trio.Event()
         self._prefetches: trio.Nursery | None = None
         self.offline_because: HpkvError | None = None
+        self.followed: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self.took_over: TakeOver | None = None
+        self._covered = 0
         next_id = volume.known.anchor.next_id if volume.known else BlobId(0)
         self.publisher = Publisher(
             volume, fs, self, writer, next_id, clock, _scatter(rng, options.spread)
@@ -147,7 +174,12 @@ class Session:
 
     async def load(self, missing: Missing) -> None:
         """Bring blobs into memory."""
-        await self.volume.load(missing)
+        try:
+            await self.volume.load(missing)
+        except CorruptBlob:
+            # perhaps the other client collected it: what is asked for may be elsewhere by now
+            if not (self._follows and await self.follow(thorough=True)):
+                raise
 
     def is_crowded(self, size: int) -> bool:
         """Whether `admit` has anything to do."""
@@ -224,7 +256,7 @@ class Session:
 
     async def save_known(self, known: Known) -> None:
         """Remember the newest generation, durably."""
-        _save_known(self._journal, known)
+        kept.save_known(self._journal, known)
         await self._journal.flush()
 
     def mark(self) -> int:
@@ -239,13 +271,14 @@ class Session:
 
     def load_local(self, uid: int, gid: int) -> int:
         """Take over the newest known generation and the redo log; operations replayed."""
-        anchor = self.volume.known.anchor if self.volume.known else None
-        if anchor is None:
+        known = self.volume.known
+        if known is None:
             replayed = self._fs.start(0, 0, 0, 0)
             if not replayed:
                 self._fs.make_root(uid, gid)
             return replayed
-        return self._fs.start(anchor.next_ino, anchor.size, anchor.files, anchor.redo)
+        anchor, self._covered = known.anchor, kept.covered(self._journal, known)
+        return self._fs.start(anchor.next_ino, anchor.size, anchor.files, self._covered)
 
     async def recover(self, floor: Generation | None = None) -> tuple[Generation, int]:
         """Come back from the words alone: (newest generation, orphans found).
@@ -259,10 +292,17 @@ class Session:
         return generation, await self.probe_orphans()
 
     async def find(self, floor: Generation | None = None) -> Generation:
-        """Find the newest generation from the words alone; VaultError when there is none.
+        """Find the newest generation from the words alone, and take it for what is known.
 
         `floor`: a generation that existed once; CorruptBlob when the server has none that new.
+        NothingThere when there is none at all.
         """
+        newest = await self._search(floor)
+        self.volume.known = newest
+        await self.save_known(newest)
+        return newest.anchor.generation
+
+    async def _search(self, floor: Generation | None) -> Known:
         search, found = find_newest(floor), dict[Generation, Known]()
         try:
             wanted = next(search)
@@ -283,9 +323,7 @@ class Session:
                 f"the server no longer has generation {newest}, which existed before",
                 "it was rolled back, or it lies; what is cached here can still be read",
             )
-        self.volume.known = found[newest]
-        await self.save_known(found[newest])
-        return newest
+        return found[newest]
 
     async def probe_orphans(self) -> int:
         """Find blobs that no generation names, left by a client that was lost; how many."""
@@ -315,7 +353,9 @@ class Session:
                 await self.store.parameters()
                 receipts = await self.store.recover()
                 await self.store.prime()
-                if self.volume.known is not None:
+                if self.options.kept is not None:
+                    pass  # it lies upon a generation that is past
+                elif self.volume.known is not None:
                     await self._look_for_newer(self.volume.known)
                 else:
                     await self._look_for_first(receipts)
@@ -338,7 +378,12 @@ class Session:
         generation = known.anchor.generation
         found = await self._find_anchors(generation, Generation(generation + 1))
         here, newer = found.get(generation), found.get(Generation(generation + 1))
-        if newer is None and (here is None or here.ref != known.ref):
+        if newer is None and here is not None and here.ref != known.ref:
+            raise CorruptBlob(
+                f"the server has another generation {generation} than the one it confirmed before",
+                "it was rolled back, or it lies; what is cached here can still be read",
+            )
+        if newer is None and here is None:
             # rolled back, or another client went so far that these two are collected by now
             await self._follow(known)
         elif newer is not None:
@@ -365,6 +410,9 @@ class Session:
 
     async def _follow(self, known: Known) -> None:
         """Take over the newest generation of another client; SecondWriter if that loses changes."""
+        if self._fs.active and self.options.takeover:
+            await self._take_over_from_other(known)
+            return
         if self._fs.active:
             raise SecondWriter(
                 "another client has written to this vault since it was used here",
@@ -374,10 +422,41 @@ class Session:
         await self.find(known.anchor.generation)
         self._start_from_known()
 
+    async def _take_over_from_other(self, known: Known) -> None:
+        """Put our changes on top of another client's generation, or aside if they do not fit."""
+        newest, layer = await self._search(known.anchor.generation), self._fs.active
+        try:
+            fits = await run(
+                self,
+                lambda: overlap.applies(
+                    self.volume, known.anchor, newest.anchor, layer, self._fs.next_ino
+                ),
+            )
+        except CorruptBlob:
+            fits = False  # what it was made upon is collected
+        dirty, number = self._fs.totals().dirty, None
+        await trio.to_thread.run_sync(self._fs.syncer())
+        if fits:
+            kept.rest_on(self._journal, newest, self._covered)
+        else:
+            number = kept.put_aside(self._state, self._journal, known, self._covered)
+            kept.rest_on(self._journal, newest, self._fs.end_log())
+        self.volume.known = newest
+        await self.save_known(newest)
+        anchor = newest.anchor
+        if fits:
+            self._fs.rest_on(anchor.next_ino, anchor.size, anchor.files)
+        else:
+            self._fs.discard()
+            self._start_from_known()
+        self.publisher.next_id = max(self.publisher.next_id, anchor.next_id)
+        self.took_over = TakeOver(anchor.generation, dirty, number)
+
     def _start_from_known(self) -> None:
         assert self.volume.known is not None
-        anchor = self.volume.known.anchor
-        self._fs.start(anchor.next_ino, anchor.size, anchor.files, anchor.redo)
+        anchor, self._covered = self.volume.known.anchor, self._fs.end_log()
+        kept.rest_on(self._journal, self.volume.known, self._covered)
+        self._fs.start(anchor.next_ino, anchor.size, anchor.files, self._covered)
 
     async def _take_over(self, newer: Known, size: int, files: int) -> None:
         """A generation of ours is there: what it holds is no longer only in the layers."""
@@ -405,8 +484,46 @@ class Session:
         async with trio.open_nursery() as nursery:
             self._prefetches = nursery
             nursery.start_soon(self.store.run)
-            nursery.start_soon(self._publish_regularly)
-            nursery.start_soon(self.breakglass.run, lambda: self.generation)
+            if self.options.read_only:
+                nursery.start_soon(self._follow_regularly)
+            else:
+                nursery.start_soon(self._publish_regularly)
+                nursery.start_soon(self.breakglass.run, lambda: self.generation)
+
+    @property
+    def _follows(self) -> bool:
+        return self.options.read_only and self.options.kept is None
+
+    async def _follow_regularly(self) -> None:
+        polls = 0
+        while self._follows:
+            await trio.sleep(self.options.follow_interval)
+            polls += 1
+            try:
+                await self.connect()
+                await self.follow(thorough=polls % POLLS == 0)
+            except HpkvError as error:
+                log.warning("nothing new was found: %s", error)
+
+    async def follow(self, *, thorough: bool) -> bool:
+        """Go on to the newest generation, if there is a newer one; whether there was.
+
+        The next one tells, for one token, unless another client went so far meanwhile that it is
+        collected: only a `thorough` look finds that out. What was changed here and not published
+        is in the way.
+        """
+        known = self.volume.known
+        if known is None or self._fs.active:
+            return False
+        following = Generation(known.anchor.generation + 1)
+        if not thorough and await self.volume.find_anchor(following) is None:
+            return False
+        await self.find(known.anchor.generation)
+        if self.volume.known is None or self.volume.known.ref == known.ref:
+            return False
+        self._start_from_known()
+        await self.followed()
+        return True
 
     async def _publish_regularly(self) -> None:
         pause = self.options.publish_interval
@@ -426,6 +543,9 @@ class Session:
 
     async def publish(self, progress: Progress = lambda done, total: None) -> None:
         """Publish all changes so far; StoreError, SecondWriter."""
+        if self.options.read_only:
+            await self.connect()
+            return
         try:
             await self.connect()
             await self.publisher.publish(progress)
@@ -436,6 +556,8 @@ class Session:
 
     async def finish(self, progress: Progress = lambda done, total: None) -> None:
         """Before closing: drop orphans, publish what is left. StoreError leaves it in the log."""
+        if self.options.read_only:
+            return
         for ino in await run(self, self._fs.orphans):
             await run(self, lambda ino=ino: self._fs.reclaim(ino))  # type: ignore[misc]
         if self.publisher.pending:
@@ -561,6 +683,7 @@ class Session:
             "free_blobs": self.space()[1],
             "connected": self._connected,
             "recovery": self.breakglass.report(),
+            "kept": kept.numbers(self._state),
             "trouble": self.trouble,
         }
 
@@ -582,19 +705,6 @@ def _scatter(rng: Rng, seconds: float) -> Scatter:
     return Scatter(lambda: int.from_bytes(rng(8), "big") / 2**64, seconds)
 
 
-def _save_known(journal: Journal, known: Known) -> None:
-    row = msgpack.packb([known.ref.encode(), known.anchor.encode().rstrip(b"\0")])
-    journal.put_meta(KNOWN, row)
-
-
-def _load_known(journal: Journal) -> Known | None:
-    row = journal.meta(KNOWN)
-    if row is None:
-        return None
-    ref, payload = msgpack.unpackb(row)
-    return Known(Anchor.decode(payload.ljust(PAYLOAD_SIZE, b"\0")), BlobRef.decode(ref))
-
-
 @asynccontextmanager
 async def open_session(
     state: StateDirectory,
@@ -614,13 +724,14 @@ async def open_session(
     The caller then runs `connect` (before or while using it) and, for anything that lasts,
     `keep_going`.
     """
+    log_directory = kept.log_directory(state, options.kept)
     with (
         state.locked(),
         closing(Journal(state.wallet, keys.secret("wallet"), rng)) as journal,
         closing(BlobCache(state.cache, keys.secret("cache"), options.cache_bytes, rng)) as cache,
-        closing(RedoLog(state.path, keys.secret("redo"), rng)) as redo,
+        closing(RedoLog(log_directory, keys.secret("redo"), rng)) as redo,
     ):
-        session = _build(keys, dialer, options, journal, cache, redo, clock, rng, identity)
+        session = _build(state, keys, dialer, options, journal, cache, redo, clock, rng, identity)
         if session.volume.known is not None or state.is_new:
             with _log_trouble():
                 session.load_local(uid, gid)
@@ -639,6 +750,7 @@ def _log_trouble() -> Iterator[None]:
 
 
 def _build(
+    state: StateDirectory,
     keys: VaultKeys,
     dialer: Dialer,
     options: Options,
@@ -651,7 +763,7 @@ def _build(
 ) -> Session:
     patience = options.patience or PATIENCE_SECONDS
     store = RemoteStore(journal, dialer, rng, identity=identity, patience=patience)
-    volume = Volume(keys, Sealer(keys, rng), store, cache, _load_known(journal))
+    volume = Volume(keys, Sealer(keys, rng), store, cache, kept.known(journal, options.kept))
     writer = journal.meta(_WRITER)
     if writer is None:
         writer = rng(8)
@@ -662,5 +774,5 @@ def _build(
     shelf = Shelf(volume, names, shown=options.snapshots_shown)
     fs = Filesystem(shelf, redo, names, clock, lambda size: rooms[0].room(size))
     parts = (keys, journal, store, volume, fs, shelf, names, writer)
-    rooms.append(Session(*parts, options, clock, breakglass, rng))
+    rooms.append(Session(*parts, options, clock, breakglass, rng, state))
     return rooms[0]

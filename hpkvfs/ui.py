@@ -118,6 +118,9 @@ def status(report: Mapping[str, Any], state: str, server: str) -> str:
         "recovery": recovery(report["recovery"]),
         "room": f"{report['free_blobs']:,} blobs",
     }
+    if report["kept"]:
+        numbers = ", ".join(map(str, report["kept"]))
+        rows["kept"] = f"changes that did not fit another client's: hpkvfs mount --kept {numbers}"
     if report["trouble"]:
         rows["trouble"] = report["trouble"]
     return facts(rows)

@@ -228,6 +228,22 @@ class Filesystem:
         self.active.usage_bytes -= size
         self.active.usage_files -= files
 
+    def rest_on(self, next_ino: int, size: int, files: int) -> None:
+        """The active layer lies upon another generation from now on."""
+        self.next_ino = max(self.next_ino, next_ino)
+        self._base = (size, files)
+
+    def discard(self) -> None:
+        """Give the active layer up, with its log."""
+        assert self.frozen is None
+        self.active = Layer()
+        self._restack()
+        self._log.drop(self._log.rotate())
+
+    def end_log(self) -> int:
+        """End the redo log's newest file: later changes go to the next. Its number."""
+        return self._log.rotate()
+
     def syncer(self) -> Callable[[], None]:
         """A function that returns when all changes so far are on the local disk."""
         return self._log.syncer()
@@ -248,6 +264,10 @@ class Filesystem:
         return self._view
 
     # -- what the kernel holds -------------------------------------------------------
+
+    def held(self) -> list[int]:
+        """The inodes that the kernel holds."""
+        return list(self._lookups)
 
     def remember(self, ino: int) -> None:
         """The kernel holds one more reference to this inode."""

@@ -156,7 +156,8 @@ class Publisher:
             return
         raise SecondWriter(
             "the server has other blobs under this vault's keys",
-            "is the vault mounted elsewhere? Stop it there, then mount again",
+            "what was written here is kept; is the vault mounted elsewhere? Unmount it there, then"
+            " here, and mount again with --takeover",
         )
 
     async def _begin(self) -> _Attempt:
@@ -243,7 +244,8 @@ class Publisher:
                 if ref.id & ANCHOR_BIT:
                     raise SecondWriter(
                         "another client has written to this vault",
-                        "unmount it there; what was written here is kept in the state directory",
+                        "what was written here and not published is kept; to go on from the"
+                        " other's state: unmount, then hpkvfs mount --takeover DIR",
                     ) from None
                 raise
         self._volume.remember(ref, sealed.blob, sealed.node)

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "fs": "what programs do, beside gocryptfs, cryfs, s3ql and a pass-through (root; minutes)",
     "space": "blobs that real trees cost: doc_ratio (at most 1.15), small_blobs (at most 100)",
     "simulate": "10,000 simulated lives of a client and its server: failures (must be 0)",
+    "recover": "look-ups and rounds from the words to the first ls, at most 2 log2(commits) + 10",
 }
 HELP = "\b\n" + "\n".join(f"{name:<13}{what}" for name, what in BENCHMARKS.items())
 
