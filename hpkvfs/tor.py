@@ -13,7 +13,7 @@ Invariants:
     they pile up: 2,000 unused circuits take tor to a tenth of its speed. Streams of others that
     use the same tor are left alone;
   - SOCKS logins and control passwords come in events and go into commands, never into a log:
-    stem's logger, which would write them, is kept at warnings, of which ours alone are shown.
+    stem's logger, which quotes events even in its errors, is silenced.
 
 stem is threaded: calls that block run in threads; its events come in a thread of its own, from
 which nothing is called that might block, or closing the connection would wait for it for ever.

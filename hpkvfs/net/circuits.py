@@ -255,6 +255,11 @@ class Circuits:
         """How many connections are ready."""
         return len(self._ready)
 
+    @property
+    def making(self) -> int:
+        """How many connections are being made ahead."""
+        return self._warming
+
     def _take(self) -> Stream | None:
         """The oldest ready connection that is still one."""
         while self._ready:

@@ -265,7 +265,7 @@ class Network:
 @contextlib.contextmanager
 def private_network(base: Path | None = None) -> Iterator[Network]:
     """A network that is up, for as long as the block runs."""
-    stem_log.get_logger().setLevel("WARNING")
+    stem_log.get_logger().setLevel("CRITICAL")  # it quotes logins
     with contextlib.ExitStack() as stack:
         if base is None:
             base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tornet-")))

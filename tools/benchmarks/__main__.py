@@ -18,6 +18,7 @@ BENCHMARKS = {
     "store": "blobs inserted, looked up and deleted at a local server, per second",
     "server": "paid requests a second, 1 and 2 workers, on SQLite and PostgreSQL",
     "fs": "what programs do, beside gocryptfs, cryfs, s3ql and a pass-through (root; minutes)",
+    "tor": "paid requests over Tor, each on its own circuit, on a private network",
     "space": "blobs that real trees cost: doc_ratio (at most 1.15), small_blobs (at most 100)",
     "simulate": "10,000 simulated lives of a client and its server: failures (must be 0)",
     "recover": "look-ups and rounds from the words to the first ls, at most 2 log2(commits) + 10",
