@@ -40,6 +40,7 @@ EVENTS = {
     "pause": 4,
     "gc": 3,
     "redeem": 1,
+    "keepalive": 1,
     "stop": 1,
     "kill": 1,
     "kill server": 1,
@@ -126,6 +127,7 @@ class World:
         self.second = self._machine("second", chance("second"), is_new=False)
         self.filled = False
         self.finished = False
+        self.held = self.safe = 0
         self.network: Network
 
     def _machine(self, name: str, chance: random.Random, *, is_new: bool) -> Machine:
@@ -276,6 +278,9 @@ class World:
     async def _gc(self, session: Session, _: Any) -> None:
         await self._tolerate(session.gc())
 
+    async def _keepalive(self, session: Session, _: Any) -> None:
+        await self._tolerate(session.keepalive(now=True))
+
     async def _redeem(self, session: Session, _: Any) -> None:
         await self._redeem_one(session, self.vouchers)
 
@@ -337,6 +342,8 @@ class World:
             assert not leaked, f"{leaked} blobs are stored and not accounted for"
             await trio.sleep(60)
             self._check_books(session)
+            self.held = session.store.balance.total
+            self.safe = session.breakglass.report()["tokens"]
 
     async def _insist(self, call: Any) -> None:
         for _ in range(5):
@@ -367,12 +374,17 @@ class World:
         self.note("books", mine)
 
     async def _second_machine(self) -> None:
-        """The words alone bring the same tree back."""
+        """The words alone bring the same tree back, and the tokens of the entry."""
 
         async def look(session: Session) -> None:
+            entry = await session.breakglass.recover()
+            gained = entry.gained if entry else 0
+            assert gained >= self.safe, f"of {self.safe} tokens {gained} were recovered"
             await session.redeem(self.plenty.pop())
-            _, orphans = await session.recover()
+            _, orphans = await session.recover(entry.generation if entry else None)
             assert orphans == 0, f"{orphans} blobs were left over"
+            total, lost = session.store.balance.total, self.held - gained
+            assert self.server.totals().outstanding == total + lost, "tokens were made or lost"
             found = await self._tree(session)
             assert found == self.story.trees[-1], "the words bring another tree back"
 
