@@ -82,7 +82,7 @@ def _serial_not_recorded() -> list[Replacement]:
 def _reply_before_commit() -> list[Replacement]:
     """Callers hear the verdict from memory while the disk is still writing."""
 
-    async def hasty(self: SqliteLedger, batch: list[Any]) -> None:
+    async def hasty(self: SqliteLedger, batch: list[Any]) -> bool:
         await self._begin()
         for waiting, verdict in zip(batch, self._write_all(batch), strict=True):
             waiting.settle(verdict)
@@ -90,6 +90,7 @@ def _reply_before_commit() -> list[Replacement]:
             await trio.to_thread.run_sync(self._write.execute, "COMMIT")
         except Exception:
             self._roll_back()
+        return True
 
     return [(SqliteLedger, "_perform", hasty)]
 

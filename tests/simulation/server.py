@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from hpkvd.epochs import Epoch, Epochs, first_epoch
+from hpkvd.epochs import Epoch, Epochs, Schedule, first_epoch, next_epoch
 from hpkvd.handler import Handler
 from hpkvd.ledger import Totals
 from hpkvd.ledger.sqlite import SqliteLedger
@@ -29,9 +29,16 @@ def identity() -> Identity:
 
 
 @cache
-def epoch_one() -> Epoch:
-    """The one issuer of all simulated servers: making one takes longer than a simulation."""
-    return first_epoch(Tariff(), random.Random("issuer").randbytes)
+def chain(length: int) -> tuple[Epoch, ...]:
+    """So many epochs, of all simulated servers: making one takes longer than a simulation."""
+    if length == 1:
+        return (first_epoch(Tariff(), random.Random("issuer").randbytes),)
+    before = chain(length - 1)
+    chance = random.Random(f"issuer {length}")
+    return *before, next_epoch(before[-1].parameters, Tariff(), chance.randbytes)
+
+
+KEEP = Schedule().keep
 
 
 class Server(Side):
@@ -46,6 +53,7 @@ class Server(Side):
         self._watch = watch
         self._handler: Handler | None = None
         self._nursery: trio.Nursery | None = None
+        self.epochs = 1
         self.wanted = trio.Event()
         SqliteLedger.create(self._path)
         self.desk = SqliteLedger(self._path)
@@ -70,11 +78,20 @@ class Server(Side):
             async with trio.open_nursery() as nursery:
                 self.scope, self.alive = nursery.cancel_scope, True
                 async with ledger.serving(), trio.open_nursery() as self._nursery:
-                    self._handler = Handler(Epochs([epoch_one()], identity()), ledger, _clock)
+                    self._handler = Handler(self._epochs(), ledger, _clock)
                     await trio.sleep_forever()
         finally:
             self.alive = False
             ledger.close()
+
+    def _epochs(self) -> Epochs:
+        return Epochs(chain(self.epochs), identity())
+
+    def rotate(self) -> None:
+        """The next epoch begins, as long as none would have to end for it."""
+        self.epochs = min(self.epochs + 1, KEEP)
+        if self.alive and self._handler is not None:
+            self._handler.use(self._epochs())
 
     async def deliver(self, frame: bytes) -> bytes | None:
         """A request comes in: the reply that leaves, or None."""

@@ -41,6 +41,7 @@ EVENTS = {
     "gc": 3,
     "redeem": 1,
     "keepalive": 1,
+    "rotate": 1,
     "stop": 1,
     "kill": 1,
     "kill server": 1,
@@ -295,6 +296,9 @@ class World:
     async def _stop(self, session: Session, _: Any) -> None:
         await self._tolerate(session.finish())
 
+    async def _rotate(self, session: Session, _: Any) -> None:
+        self.server.rotate()
+
     async def _kill(self, session: Session, _: Any) -> None:
         self.machine.crash()
 
@@ -413,7 +417,7 @@ def _plan(chance: random.Random) -> list[tuple[str, Any]]:
     details = {
         "fs": lambda: random_step(chance),
         "sync": lambda: chance.random() < 0.3,
-        "pause": lambda: chance.choice([0.01, 0.3, 2.0, 15.0, 100.0]),
+        "pause": lambda: chance.choice([0.01, 0.3, 2.0, 15.0, 100.0, 4_000.0]),
         "fill client": lambda: chance.choice([0.1, 5.0, 30.0]),
         "fill server": lambda: chance.choice([0.1, 5.0, 30.0]),
         "weather": lambda: Weather.draw(chance),
