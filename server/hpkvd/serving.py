@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import trio
@@ -62,6 +63,20 @@ def bind(address: Address) -> list[socket.socket]:
             one.close()
         raise
     return sockets
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """A listening Unix socket of its owner alone, in the place of one left over; OSError."""
+    path.unlink(missing_ok=True)
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        one.bind(str(path))
+        path.chmod(0o600)
+        one.listen(socket.SOMAXCONN)
+    except OSError:
+        one.close()
+        raise
+    return one
 
 
 def name(listening: socket.socket) -> str:

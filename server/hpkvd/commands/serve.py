@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -19,6 +20,8 @@ import trio
 
 from hpkvd import config as settings
 from hpkvd import custody, log, loopback, serving, supervisor, systemd
+from hpkvd import identity as identity_file
+from hpkvd import onion as onion_service
 from hpkvd.commands import (
     Failure,
     data_option,
@@ -33,15 +36,36 @@ from hpkvd.handler import Handler
 from hpkvd.metrics import Board, Meter
 from hpkvd.serving import Address
 from hpkvd.supervisor import Channel, Supervisor
+from hpkvfs import tor
 
 
 @click.command(
     short_help="Serve until SIGTERM or SIGINT.",
-    epilog="Examples: hpkvd serve;  hpkvd serve --listen 127.0.0.1:0 --workers 4",
+    epilog="Examples: hpkvd serve;  hpkvd serve --onion;  hpkvd serve --listen 127.0.0.1:0",
 )
 @data_option
 @ledger_option
-@click.option("--listen", metavar="HOST:PORT", help="Instead of the settings'; port 0 picks one.")
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    help="Instead of the settings'; port 0 picks one; or unix:PATH.",
+)
+@click.option("--onion", is_flag=True, help="Publish an onion service, whose address it tells.")
+@click.option(
+    "--tor",
+    "where",
+    default=tor.AUTO,
+    show_default=True,
+    metavar="auto|own|PORT|SOCKET",
+    help="Which tor publishes it: one that runs, or else one of its own; its own; by control port.",
+)
+@click.option(
+    "--pow/--no-pow",
+    "proof_of_work",
+    default=True,
+    show_default=True,
+    help="Ask clients for proof of work while too many come (the onion service).",
+)
 @click.option(
     "--workers",
     type=click.IntRange(0),
@@ -56,6 +80,9 @@ def serve(
     data: Path,
     ledger: str | None,
     listen: str | None,
+    onion: bool,
+    where: str,
+    proof_of_work: bool,
     workers: int | None,
     metrics: str | None,
     ready_fd: int | None,
@@ -71,14 +98,36 @@ def serve(
         os.environ["HPKVD_LEDGER"] = ledger  # for the workers; not in their command lines
     _look_over(data, config, ledger)
     page_address = _metrics_address(metrics or config.metrics)
-    sockets = systemd.take_sockets() or _bind(Address(*settings.address(listen or config.listen)))
+    service = _service(data, where, proof_of_work) if onion else None
+    sockets = systemd.take_sockets() or _bind(listen or config.listen)
+    publishing = partial(_publish, data, service, sockets[0])
     announce = partial(_announce, ready_fd, serving.name(sockets[0]))
     count = config.workers or supervisor.cores() if workers is None else workers
     if count == 0:
-        trio.run(_alone, data, config, ledger, sockets, page_address, announce)
+        trio.run(_alone, data, config, ledger, sockets, page_address, announce, publishing)
     else:
-        trio.run(_supervise, data, config, sockets, count, page_address, announce)
+        trio.run(_supervise, data, config, sockets, count, page_address, announce, publishing)
     log.tell("stopped")
+
+
+def _service(data: Path, where: str, proof_of_work: bool) -> onion_service.Service:
+    try:
+        return onion_service.Service(tor.parse_where(where), data / "tor", proof_of_work)
+    except ValueError as error:
+        raise click.UsageError(f"{error}; write auto, own, a control port or a socket") from error
+
+
+async def _publish(
+    data: Path, service: onion_service.Service | None, listening: socket.socket
+) -> None:
+    if service is not None:
+        identity = identity_file.load(data / settings.IDENTITY)
+        await onion_service.publish(service, identity, listening, _announce_onion)
+
+
+def _announce_onion(address: str) -> None:
+    click.echo(f"hpkvd: onion service at {address}")
+    sys.stdout.flush()
 
 
 def _look_over(data: Path, config: Config, url: str | None) -> None:
@@ -112,6 +161,7 @@ async def _supervise(
     count: int,
     page_address: Address | None,
     announce: Callable[[], None],
+    publishing: Callable[[], Awaitable[None]],
 ) -> None:
     patience = config.limits.stop_seconds + 5
     command = supervisor.command("worker", "--data", str(data))
@@ -126,6 +176,7 @@ async def _supervise(
         nursery.start_soon(_signals, stop, parent.reload)
         nursery.start_soon(_watchdog)
         nursery.start_soon(_metrics, page_address, parent.board, lambda: parent.workers)
+        nursery.start_soon(publishing)
         failure = await parent.run(stop, ready)
         nursery.cancel_scope.cancel()
     if failure is not None:
@@ -139,6 +190,7 @@ async def _alone(
     sockets: Sequence[socket.socket],
     page_address: Address | None,
     announce: Callable[[], None],
+    publishing: Callable[[], Awaitable[None]],
 ) -> None:
     meter, board, stop = Meter(), Board(), trio.Event()
 
@@ -150,6 +202,7 @@ async def _alone(
         nursery.start_soon(_signals, stop, None)
         nursery.start_soon(_watchdog)
         nursery.start_soon(_metrics, page_address, board, lambda: 1, meter)
+        nursery.start_soon(publishing)
         await _answer(data, config, url, sockets, meter, stop, ready)
         nursery.cancel_scope.cancel()
 
@@ -254,9 +307,11 @@ def _metrics_address(text: str) -> Address | None:
     return address
 
 
-def _bind(address: Address) -> list[socket.socket]:
+def _bind(address: str) -> list[socket.socket]:
     try:
-        return serving.bind(address)
+        if address.startswith("unix:"):
+            return [serving.bind_unix(Path(address.removeprefix("unix:")))]
+        return serving.bind(Address(*settings.address(address)))
     except OSError as error:
         reason = error.strerror or str(error)
         message = f"cannot listen on {address} ({reason}); choose another with --listen"
