@@ -23,51 +23,104 @@ def status(settings: Settings, as_json: bool) -> None:
 
 
 @click.command(
-    epilog="Examples: hpkvfs gc;  hpkvfs gc --spread 7200;  hpkvfs gc --json | jq .gained"
+    epilog="""\b
+Examples:
+  hpkvfs gc --dry-run
+  hpkvfs gc
+  hpkvfs gc --spread 6h            so that the server does not see them go together
+"""
 )
+@click.option("--dry-run", is_flag=True, help="Only tell what would be deleted and regained.")
 @spread_option
 @json_option
 @pass_settings
-def gc(settings: Settings, spread: float, as_json: bool) -> None:
+def gc(settings: Settings, dry_run: bool, spread: float, as_json: bool) -> None:
     """Delete what is no longer needed at the server, for tokens.
 
     Blobs deleted together belong together. With --spread they are deleted at random times, so
-    that others' deletions come in between.
+    that others' deletions come in between. It can be interrupted at any time; the next one goes
+    on. A mounted vault does it by itself.
     """
-    result = settings.perform("gc", {"spread": spread}, "deleting")
-    show(
-        result,
-        as_json,
-        lambda r: f"{r['deleted']:,} blobs deleted, {r['gained']:+,} tokens; {r['held']:,} in all",
+    result = settings.perform("gc", {"dry_run": dry_run, "spread": spread}, "deleting")
+    show(result, as_json, _would_collect if dry_run else _collected)
+
+
+def _would_collect(result: Result) -> str:
+    return (
+        f"{result['would_delete']:,} blobs would be deleted, for {result['would_regain']:,} tokens;"
+        f" snapshots hold {result['blobs_held']:,} more"
     )
 
 
-@click.command(epilog="Examples: hpkvfs fsck;  hpkvfs fsck --full --json")
-@click.option("--full", is_flag=True, help="Also fetch and verify all file data (costs tokens).")
+def _collected(result: Result) -> str:
+    return (
+        f"{result['deleted']:,} blobs deleted, {result['regained']:,} tokens regained;"
+        f" {result['held']:,} in all"
+    )
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  hpkvfs fsck
+  hpkvfs fsck --full --max-tokens 1000       a random sample of all blobs
+  hpkvfs fsck --full --json | jq .damaged
+  hpkvfs fsck --repair                       of a vault that is not mounted
+"""
+)
+@click.option("--full", is_flag=True, help="Also fetch and verify every blob (costs tokens).")
+@click.option("--max-tokens", type=click.IntRange(min=0), metavar="N",
+              help="Spend no more on looking at blobs.")  # fmt: skip
+@click.option("--repair", is_flag=True, help="Put right what can be.")
 @json_option
 @pass_settings
 @click.pass_context
-def fsck(context: click.Context, settings: Settings, full: bool, as_json: bool) -> None:
-    """Check the vault at the server. Exit code 3 when something is wrong with it."""
-    result = settings.perform("fsck", {"full": full}, "checking")
+def fsck(
+    context: click.Context,
+    settings: Settings,
+    full: bool,
+    max_tokens: int | None,
+    repair: bool,
+    as_json: bool,
+) -> None:
+    """Check the vault at the server, and its snapshots; name the files that are damaged.
+
+    Exit code 0 when all is well, or was put right and nothing lost; 3 otherwise.
+    """
+    arguments = {"full": full, "max_tokens": max_tokens, "repair": repair}
+    result = settings.perform("fsck", arguments, "checking")
     show(result, as_json, _checked)
     if result["problems"] or result["damaged"]:
         context.exit(VaultError.exit_code)
 
 
 def _checked(result: Result) -> str:
-    found = (
+    lines = [
         f"generation {result['generation']}: {result['files']:,} files, {result['nodes']:,} nodes,"
-        f" {result['extents']:,} extents, {result['dead']:,} dead blobs"
-    )
-    problems = result["problems"] + [_damage(damage) for damage in result["damaged"]]
-    return "\n".join([found, *problems, "" if problems else "no problems"]).rstrip()
+        f" {result['extents']:,} extents, {result['dead']:,} dead blobs,"
+        f" {result['snapshots']:,} snapshots that hold {result['blobs_held']:,} more"
+    ]
+    if result["verified"] or result["unchecked"]:
+        left = result["unchecked"]
+        lines.append(
+            f"{result['verified']:,} blobs fetched and verified"
+            + (f", {left:,} left out: they would cost more tokens than allowed" if left else "")
+        )
+    lines += (f"repaired: {ui.printable(text)}" for text in result["repaired"])
+    lines += map(ui.printable, result["problems"])
+    lines += map(_damage, result["damaged"])
+    if result["problems"] and result["repairable"]:
+        lines.append("hpkvfs fsck --repair can put some of this right")
+    if not (result["problems"] or result["damaged"]):
+        lines.append("no problems")
+    return "\n".join(lines)
 
 
 def _damage(damage: Result) -> str:
     where = f"snapshot {damage['snapshot']}: " if damage["snapshot"] else ""
     ranges = ", ".join(f"{start}-{end - 1}" for start, end in damage["ranges"])
-    return f"{where}{damage['path']} is damaged: " + (f"bytes {ranges}" if ranges else "all of it")
+    path = ui.printable(damage["path"])
+    return f"{where}{path} is damaged: " + (f"bytes {ranges}" if ranges else "all of it")
 
 
 @click.command(

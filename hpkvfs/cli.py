@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpkvfs import care, control, ui
+from hpkvfs import care, control, keep, past, ui
 from hpkvfs.address import DEFAULT_SERVER
 from hpkvfs.errors import AlreadyInUse, HpkvError, UserError, VaultError
 from hpkvfs.settings import (
     Commands,
+    Duration,
     Result,
     Settings,
     default_state,
@@ -366,6 +367,8 @@ def balance(settings: Settings, as_json: bool) -> None:
 Examples:
   hpkvfs mount ~/vault
   hpkvfs mount --publish-interval 2 --durability remote ~/vault
+  hpkvfs mount --keep hourly=24,daily=7,weekly=4 ~/vault      snapshots by themselves
+  hpkvfs mount --snapshot before-the-move ~/then
   hpkvfs mount --foreground ~/vault        for a service manager; stop it with SIGTERM
   hpkvfs mount --read-only ~/vault         see what another client writes
   hpkvfs mount --takeover ~/vault          go on from what another client wrote
@@ -391,6 +394,12 @@ Examples:
               help="With --read-only: seconds between looks for new generations.")  # fmt: skip
 @click.option("--kept", type=click.IntRange(min=1), metavar="N",
               help="Show, read-only, the changes that a takeover kept aside.")  # fmt: skip
+@click.option("--snapshot", metavar="NAME", help="Mount this snapshot alone, to be read.")
+@click.option("--keep", "policy", metavar="POLICY", default="",
+              help="Make snapshots, and keep so many: hourly=24,daily=7 and the like.")  # fmt: skip
+@click.option("--gc-every", type=Duration(), default=6 * 3600.0, metavar="DURATION",
+              help="Collect dead blobs, spread over so long (6h); 0: never.")  # fmt: skip
+@click.option("--no-snapshots-dir", is_flag=True, help="Have no .snapshots in the vault.")
 @click.option("--ready-fd", type=int, hidden=True)
 @click.option("--password-fd", type=int, hidden=True)
 @pass_settings
@@ -408,6 +417,10 @@ def mount_(
     takeover: bool,
     follow_interval: float,
     kept: int | None,
+    snapshot: str | None,
+    policy: str,
+    gc_every: float,
+    no_snapshots_dir: bool,
     ready_fd: int | None,
     password_fd: int | None,
 ) -> None:
@@ -420,10 +433,13 @@ def mount_(
     changes: with --takeover it goes on from the other's state, with its own changes on top if
     they fit, or else kept aside. A read-only mount, on another machine with the same words,
     hinders nobody; it looks for new generations, for a token each time.
+
+    Snapshots can be read under .snapshots in DIR, which is there and not listed.
     """
     read_only = read_only or kept is not None
     if takeover and read_only:
         raise click.UsageError("a read-only mount takes nothing over")
+    rules = keep.parse(policy) if policy else ()
     settings.password_fd = password_fd
     if ready_fd is None:
         _check_free(settings)
@@ -434,6 +450,9 @@ def mount_(
         flags += ["--follow-interval", str(follow_interval)]
         flags += ["--allow-other"] * allow_other + ["--read-only"] * read_only
         flags += ["--takeover"] * takeover + (["--kept", str(kept)] if kept else [])
+        flags += ["--gc-every", str(gc_every)] + ["--no-snapshots-dir"] * no_snapshots_dir
+        flags += ["--snapshot", snapshot] if snapshot is not None else []
+        flags += ["--keep", policy] if policy else []
         _mount_in_background(settings, directory, flags)
         return
     from hpkvfs.session import Options
@@ -448,8 +467,16 @@ def mount_(
         follow_interval=follow_interval,
         takeover=takeover,
         kept=kept,
+        snapshots_shown=not no_snapshots_dir,
     )
-    _mount_here(settings, directory, options, allow_other, read_only, ready_fd)
+    how = {
+        "read_only": read_only or snapshot is not None,
+        "allow_other": allow_other,
+        "snapshot": snapshot,
+        "policy": rules,
+        "collect_every": gc_every,
+    }
+    _mount_here(settings, directory, options, how, ready_fd)
 
 
 def _check_free(settings: Settings) -> None:
@@ -459,7 +486,8 @@ def _check_free(settings: Settings) -> None:
         with connection:
             where = control.ask(connection, "status", {})["mounted"]
         raise AlreadyInUse(
-            f"the vault in {settings.path} is mounted on {where} already", "unmount it there first"
+            f"the vault in {settings.path} is mounted on {where} already",
+            f"unmount it there first; its snapshots are in {where}/.snapshots",
         )
 
 
@@ -476,9 +504,8 @@ def _mount_in_background(settings: Settings, directory: Path, flags: list[str]) 
 
 
 def _mount_here(
-    settings: Settings, directory: Path, options: Any, allow_other: bool, read_only: bool,
-    ready_fd: int | None,
-) -> None:  # fmt: skip
+    settings: Settings, directory: Path, options: Any, how: dict[str, Any], ready_fd: int | None
+) -> None:
     from hpkvfs import background, mount
 
     herald = background.Herald(ready_fd) if ready_fd is not None else None
@@ -491,9 +518,8 @@ def _mount_here(
             directory=directory.absolute(),
             ready=herald.ready if herald else lambda: None,
             notice=herald.notice if herald else ui.notice,
-            read_only=read_only,
-            allow_other=allow_other,
             options=options,
+            **how,
         )
         os.chdir("/")
         mount.run(mount.mount, vault, request)
@@ -620,5 +646,5 @@ def _write_new(path: Path, text: str) -> None:
         ) from None
 
 
-for _command in care.COMMANDS:
+for _command in (*care.COMMANDS, *past.COMMANDS):
     main.add_command(_command)

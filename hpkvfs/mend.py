@@ -10,7 +10,8 @@ so a repair that is cut short has happened in whole rounds, and is gone on with 
     data where none can be, or twice     is removed
     a lost blob that the cache has       is stored again
     a lost extent                        becomes a hole, and its file an attribute that says so
-    a lost tree node                     the tree is written anew from the others
+    a lost tree node                     the tree is written anew from the others; files that had
+                                         their data in it get the attribute, too
 
 A snapshot can't be changed: what is lost of it comes back from the cache, or not at all.
 """
@@ -18,15 +19,17 @@ A snapshot can't be changed: what is lost of it comes back from the cache, or no
 from __future__ import annotations
 
 import stat
+from contextlib import suppress
 
 from hpkvfs.control import Progress, no_progress
 from hpkvfs.errors import KeyExists, VaultError
 from hpkvfs.fs.backend import run
 from hpkvfs.fs.layer import Effect, Put, Usage
 from hpkvfs.session import Session
+from hpkvfs.types import BlobRef
 from hpkvfs.volume.commit import Rewrite
-from hpkvfs.volume.fsck import Damage, Repairs, Report
-from hpkvfs.volume.items import BLOCK, ROOT_INO, Dirent, ItemKind, file_type, key
+from hpkvfs.volume.fsck import Damage, Range, Repairs, Report
+from hpkvfs.volume.items import ROOT_INO, Dirent, ItemKind, file_type, key
 
 DAMAGED = b"user.hpkvfs.damaged"
 LOST_AND_FOUND = b"lost+found"
@@ -73,7 +76,9 @@ class _Mender:
         for ref, blob in repairs.again:
             signer = self.session.keys.signer(ref.id)
             try:
-                await self.session.store.insert(signer.public, blob, ref.encode())
+                # not the memo that it was first stored with: that is done, and would be skipped
+                memo = BlobRef(ref.id, bytes(32)).encode()
+                await self.session.store.insert(signer.public, blob, memo)
             except KeyExists:
                 continue  # it came back by itself
         if repairs.rewrite is not None:
@@ -82,14 +87,14 @@ class _Mender:
             left = tuple((raw, value) for raw, value in items if edits.get(raw, b"") is not None)
             self.session.publisher.rewrite = Rewrite(left, tuple(nodes))
             await self.session.publish()
+            await self._mark_all(repairs)
             return
         effects: list[Effect] = [Put(raw, value) for raw, value in repairs.edits.items()]
         for ino, offsets in repairs.holes.items():
             effects += [Put(key(ino, ItemKind.EXTENT, offset), None) for offset in offsets]
         if effects:
             self.fs.mend(effects)
-        for ino, offsets in repairs.holes.items():
-            await self._mark(ino, offsets)
+        await self._mark_all(repairs)
         for ino in repairs.unnamed:
             await self._reconnect(ino)
         if not repairs.edits and not repairs.unnamed:
@@ -106,13 +111,14 @@ class _Mender:
         root = self.fs.getattr(ROOT_INO)
         return [Put(key(ROOT_INO, ItemKind.INODE), root._replace(ctime=root.ctime + 1).encode())]
 
-    async def _mark(self, ino: int, offsets: list[int]) -> None:
-        """Name on the file the byte ranges that are lost."""
-        try:
-            size = (await run(self.session, lambda: self.fs.getattr(ino))).size
-        except OSError:
-            return
-        new = {(offset, min(offset + BLOCK, size) - 1) for offset in offsets}
+    async def _mark_all(self, repairs: Repairs) -> None:
+        for ino, ranges in repairs.marks.items():
+            with suppress(FileNotFoundError):
+                await self._mark(ino, ranges)
+
+    async def _mark(self, ino: int, ranges: tuple[Range, ...]) -> None:
+        """Name on the file the bytes that are lost."""
+        new = {(start, end - 1) for start, end in ranges}
         try:
             old = await run(self.session, lambda: self.fs.getxattr(ino, DAMAGED))
             new |= {(int(a), int(b)) for a, _, b in (r.partition(b"-") for r in old.split(b","))}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import click
 
@@ -168,13 +169,30 @@ def default_state() -> Path:
 
 pass_settings = click.make_pass_decorator(Settings)
 file_path = click.Path(path_type=Path, dir_okay=False)
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """Seconds, or a number with s, m, h or d behind it, as seconds."""
+
+    name = "duration"
+    _SECONDS: ClassVar[dict[str, int]] = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """See click.ParamType."""
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value).strip())
+        if found is None:
+            self.fail(f"{value!r} is no duration; write 90s, 10m, 6h or 2d", param, ctx)
+        return float(found[1]) * self._SECONDS[found[2]]
+
+
 spread_option = click.option(
     "--spread",
-    type=click.FloatRange(min=0),
+    type=Duration(),
     default=0.0,
-    metavar="S",
-    show_default=True,
-    help="Draw requests out over so many seconds.",
+    metavar="DURATION",
+    help="Draw requests out over so long (90s, 10m, 6h).",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 

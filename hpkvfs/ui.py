@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +79,20 @@ def facts(rows: Mapping[str, str]) -> str:
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows.items())
 
 
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def printable(path: str) -> str:
+    """A path without anything that a terminal would obey, or could not show."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
+
+
 def notice(text: str) -> None:
     """Something the user should know, on standard error."""
     click.echo(f"hpkvfs: {text}", err=True)
@@ -111,6 +125,7 @@ def status(report: Mapping[str, Any], state: str, server: str) -> str:
         "at the server": f"{report['blobs_live']:,} blobs, {size(report['bytes_stored'])}"
         + (f", {factor} times the data" if factor else ""),
         "dead": f"{report['blobs_dead']:,} blobs; hpkvfs gc gives tokens for them",
+        "snapshots hold": f"{report['blobs_held']:,} more blobs",
         "unpublished": size(report["unpublished_bytes"]),
         "tokens": _tokens(
             f"{report['tokens_held']:,}", report["tokens_pending"], report["tokens_expired"]

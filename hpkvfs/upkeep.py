@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 30.0
 LEAST_DEAD = 64
+FIRST_SECONDS = 600.0
 
 
 async def look_after(
@@ -49,6 +50,7 @@ async def _keep_snapshots(session: Session, policy: Policy, turn: trio.Lock) -> 
 
 
 async def _collect(session: Session, interval: float) -> None:
+    await trio.sleep(min(interval, FIRST_SECONDS))
     while True:
         due = trio.current_time() + interval
         if session.collectable()[0] >= LEAST_DEAD and session.trouble is None:

@@ -51,14 +51,15 @@ class Damage:
 class Repairs:
     """What can be done about what was found; empty when there is nothing to do, or no way.
 
-    holes: extents that are lost, to become holes named by an attribute of their file;
-    again: blobs that the cache still has; rewrite: items that are left of a tree with lost or
-    miscounted nodes, and the nodes it had.
+    holes: extents that are lost, to become holes; marks: the bytes lost of files, to be named by
+    an attribute of theirs; again: blobs that the cache still has; rewrite: items that are left
+    of a tree with lost or miscounted nodes, and the nodes it had.
     """
 
     edits: Edits = field(default_factory=dict)
     unnamed: list[int] = field(default_factory=list)
     holes: dict[int, list[int]] = field(default_factory=dict)
+    marks: dict[int, tuple[Range, ...]] = field(default_factory=dict)
     again: list[tuple[BlobRef, bytes]] = field(default_factory=list)
     rewrite: tuple[list[tuple[bytes, bytes]], list[BlobRef]] | None = None
     size: int = 0
@@ -393,12 +394,12 @@ class _Check:
             if not (touched or tree.lost):
                 continue
             facts = self.facts if tree is trees[0] else self.facts_of(tree)
-            for ino, offsets in _by_inode(facts, self.lost).items():
-                ranges = [(at, min(at + BLOCK, facts.inodes[ino].size)) for at in offsets
-                          if ino in facts.inodes]  # fmt: skip
-                self.damage(tree, facts, ino, ranges)
+            holes = _by_inode(facts, self.lost - again)
+            for ino, offsets in holes.items():
+                if ino in facts.inodes:
+                    size = facts.inodes[ino].size
+                    self.damage(tree, facts, ino, [(at, min(at + BLOCK, size)) for at in offsets])
             if tree is trees[0]:
-                holes = _by_inode(facts, self.lost - again)
                 self.report.repairs.holes = holes
             self._name_lost_ranges(tree, facts)
 
@@ -419,8 +420,11 @@ class _Check:
                     self.damage(tree, facts, ino, ranges)
 
     def damage(self, tree: _Tree, facts: Facts, ino: int, ranges: list[Range]) -> None:
-        path = Paths(facts).of(ino)
-        self.report.damaged.append(Damage(path, tree.name, ino, _joined(ranges)))
+        path, lost = Paths(facts).of(ino), _joined(ranges)
+        self.report.damaged.append(Damage(path, tree.name, ino, lost))
+        if not tree.name:
+            marks = self.report.repairs.marks
+            marks[ino] = _joined([*marks.get(ino, ()), *lost])
 
     def plan_rewrite(self, live: _Tree) -> None:
         """The tree from what is left of it, if a node is lost and can't be stored again."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpkvfs.errors import CorruptBlob, NewerFormat, VaultError
@@ -165,6 +165,7 @@ def test_each_anchor_is_kept_as_long_as_needed_and_then_listed_dead_once() -> No
     assert len(died) == len(set(died)) == 201 - len(kept) - 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2_000), max_size=12))
 def test_a_dead_list_holds_just_what_was_added(batches: list[int]) -> None:
     pages: dict[BlobRef, bytes] = {}
