@@ -304,7 +304,7 @@ def test_an_unreachable_server_is_one_sentence(hpkvfs: Hpkvfs) -> None:
 
 def test_balance_and_status_need_no_server(hpkvfs: Hpkvfs, vault: Path) -> None:
     assert json.loads(hpkvfs("balance", "--json").stdout) == {
-        "held": 0, "pending": 0, "total": 0, "way": "directly",
+        "held": 0, "pending": 0, "total": 0, "expired": 0, "way": "directly",
     }  # fmt: skip
     status = json.loads(hpkvfs("status", "--json").stdout)
     assert status["mounted"] is None
