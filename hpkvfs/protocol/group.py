@@ -362,8 +362,8 @@ def from_text(text: str) -> Point:
 
 G: Final = FixedBase(generator_multiple(1))
 GW: Final = FixedBase(from_text("Gw"))
-GWP: Final = G
-GX0: Final = G
+GWP: Final = FixedBase(from_text("Gwp"))
+GX0: Final = FixedBase(from_text("Gx0"))
 GX1: Final = FixedBase(from_text("Gx1"))
 GV: Final = FixedBase(from_text("GV"))
 GG: Final = FixedBase(from_text("Gg"))

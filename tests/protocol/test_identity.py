@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,14 +11,15 @@ from hpkvfs.protocol.errors import Malformed
 from hpkvfs.protocol.group import tagged_hash
 from hpkvfs.protocol.identity import Identity, verify
 from hpkvfs.protocol.messages import Parameters, decode_reply
+from tests.protocol import vectors
 from tests.protocol.parties import epoch
 
-VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "identity.json").read_text())
+VECTORS = vectors.frozen_identity()
 SEED = bytes.fromhex(VECTORS["seed"])
 
 
 def told() -> Parameters:
-    return Parameters.signed(epoch().encode(), (bytes(32), epoch().digest), Identity(SEED))
+    return vectors.told(SEED)
 
 
 def test_the_public_key_is_that_of_rfc_8032() -> None:

@@ -128,8 +128,10 @@ class Known:
             ("context", bytes.fromhex(text["context"])),
             ("delta", self.delta.to_bytes(8, "big", signed=True)),
         )
-        self.cw = lin((self.w, gen("Gw")), (self.wp, G))
-        self.i = lin((1, gen("GV")), (-self.x0, G), (-self.x1, gen("Gx1")), (-self.ya, gen("Ga")))
+        self.cw = lin((self.w, gen("Gw")), (self.wp, gen("Gwp")))
+        self.i = lin(
+            (1, gen("GV")), (-self.x0, gen("Gx0")), (-self.x1, gen("Gx1")), (-self.ya, gen("Ga"))
+        )
         self.issuer = transcript("hpkv/issuer/v1", ("parameters", parameters().encoded))[:32]
 
     def prf(self, label: str, data: bytes, count: int) -> list[int]:
@@ -210,7 +212,7 @@ def check_request(known: Known, request: bytes, statement: Fields, into: Fields,
         )
         owned += [(z * (1, pz)[i], known.i), (-e * (1, pz)[i], big_z)]
         owned += [(r * (ps1, ps2)[i], gen("Gs")), (-e * (ps1, ps2)[i], serial)]
-        commitments += enc(lin((z, gen("Gx1")), (z0, G), (t, cx0), (-e, cx1)))
+        commitments += enc(lin((z, gen("Gx1")), (z0, gen("Gx0")), (t, cx0), (-e, cx1)))
         commitments += enc(lin((z, gen("Ga")), (a, gen("Gg")), (r, gen("Gh")), (-e, ca)))
     attributes, digits = [], b""
     for i in (0, 1):
@@ -266,8 +268,8 @@ def test_the_reply_is_as_documented(known: Known) -> None:
     for share, t, u, m in zip((p, 1 - p), ts, us, ms, strict=True):
         mixed += [(share * (x0 + x1 * t), u), (share * ya, m)]
     commitments = enc(lin(*mixed))
-    commitments += enc(lin((x0, G), (x1, gen("Gx1")), (ya, gen("Ga"))))
-    commitments += enc(lin((w, gen("Gw")), (wp, G)))
+    commitments += enc(lin((x0, gen("Gx0")), (x1, gen("Gx1")), (ya, gen("Ga"))))
+    commitments += enc(lin((w, gen("Gw")), (wp, gen("Gwp"))))
     challenge = transcript("hpkv/issuance/v1", *fields, ("commitments", commitments))
     e = short(challenge[:16])
     key = known.w, known.wp, known.x0, known.x1, known.ya

@@ -1,8 +1,9 @@
 """tests/vectors/credentials.json: what no version of the code may change.
 
 `generators`, `key` and `bip340` come from elsewhere (the reference implementation of WabiSabi,
-arithmetic with small numbers, BIP340). `exchange` froze our own transcripts; after a deliberate
-change of the protocol, `python -m tests.protocol.vectors` writes it anew.
+arithmetic with small numbers, BIP340). `exchange` and `move` froze our own
+transcripts, and identity.json what a server signs; after a deliberate change of the protocol,
+`python -m tests.protocol.vectors` writes them anew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hpkvfs.protocol.credential import parse, prepare
+from hpkvfs.protocol.identity import Identity
+from hpkvfs.protocol.messages import Parameters
 from hpkvfs.protocol.tariff import Operation
 from tests.protocol.parties import (
     Stream,
@@ -28,6 +31,7 @@ from tests.protocol.parties import (
 )
 
 PATH = Path(__file__).parents[1] / "vectors" / "credentials.json"
+IDENTITY_PATH = PATH.with_name("identity.json")
 
 
 @cache
@@ -72,7 +76,30 @@ def move() -> dict[str, str]:
     }
 
 
+@cache
+def frozen_identity() -> dict[str, str]:
+    contents: dict[str, str] = json.loads(IDENTITY_PATH.read_text())
+    return contents
+
+
+def told(seed: bytes) -> Parameters:
+    """The epoch's parameters, signed by the identity of this seed."""
+    return Parameters.signed(epoch().encode(), (bytes(32), epoch().digest), Identity(seed))
+
+
+def signed() -> dict[str, str]:
+    """What a server signs of its parameters, and the SHA-256 of the frame that says so."""
+    parameters = told(bytes.fromhex(frozen_identity()["seed"]))
+    message = bytes(32) + epoch().digest
+    return {
+        "signed": (b"hpkv/parameters/v1\0" + epoch().digest + message).hex(),
+        "signature": parameters.signature.hex(),
+        "frame_sha256": hashlib.sha256(parameters.encode()).hexdigest(),
+    }
+
+
 if __name__ == "__main__":
+    IDENTITY_PATH.write_text(json.dumps({**frozen_identity(), **signed()}, indent=2) + "\n")
     PATH.write_text(
         json.dumps({**frozen(), "exchange": exchange(), "move": move()}, indent=2) + "\n"
     )
