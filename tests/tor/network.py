@@ -82,6 +82,12 @@ CircuitPadding 0
 """
 
 
+_SHARED: Final = (
+    "TestingTorNetwork", "DirAuthority", "GeoIPFile", "GeoIPv6File", "UseBridges", "Bridge",
+    "LearnCircuitBuildTimeout", "CircuitBuildTimeout", "CircuitPadding",
+)  # fmt: skip
+
+
 class Namespace:
     """A network namespace with nothing in it but loopback, as long as this process lives."""
 
@@ -152,6 +158,11 @@ class Network:
         with Controller.from_socket_file(str(self.control(name))) as controller:
             controller.authenticate()
             yield controller
+
+    def settings(self, name: str) -> str:
+        """What of a process's settings makes it one of this network."""
+        lines = self._torrc(name).read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if line.split()[0] in _SHARED)
 
     def start(self, name: str) -> None:
         """Start one of the processes, or start it again."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import secrets
 import shutil
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,8 +21,8 @@ from hpkvfs import tor
 from hpkvfs.address import Address
 from hpkvfs.net.circuits import Circuits, TorSettings
 from hpkvfs.net.transport import exchange
-from hpkvfs.protocol.codec import REQUEST_SIZE
-from tests.mounted.client import eventually, tree
+from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
+from tests.mounted.client import ENVIRONMENT, command, eventually, tree
 from tests.tor.network import Namespace, Network
 from tests.tor.parties import OnionClient, OnionServer, Saboteur, echo
 
@@ -161,6 +163,24 @@ async def test_a_tor_that_died_is_noticed_and_found_again(network: Network) -> N
         assert found.starts == 2
     assert "tor stopped" in told
     assert any(phase.startswith("tor is at ") for phase in told)
+
+
+def test_a_tor_of_our_own_is_started_and_ends_with_us(
+    network: Network, echoing: str, tmp_path: Path
+) -> None:
+    """Its further settings, here those of the private network, are read from `torrc`."""
+    data = tmp_path / "tor"
+    data.mkdir(mode=0o700)
+    (data / "torrc").write_text(network.settings("client"))
+    line = network.inside(command("tests.tor.owner", data, echoing))
+    done = subprocess.run(
+        line, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=True
+    )
+    said = json.loads(done.stdout)
+    assert said["size"] == REPLY_SIZE
+    assert said["told"].startswith("over Tor, through a tor of our own")
+    assert any(phase.startswith("tor is at ") for phase in said["phases"])
+    assert not (data / "port").exists()  # tor removes it as the last thing it does
 
 
 # -- the first end to end, over Tor --------------------------------------------------------------
