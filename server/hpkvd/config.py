@@ -41,6 +41,9 @@ ledger = "{ledger}"
 # GiB of blobs at which insertions stop; 0: only when the disk is full.
 max_gib = {max_gib}
 
+# "json": what is told on standard error is one JSON object a line.
+log = "{log}"
+
 # Free disk space, in MiB, that insertions leave for look-ups, deletions and refunds.
 reserve_mib = {reserve_mib}
 
@@ -66,7 +69,7 @@ stop_seconds = {stop_seconds}       # for the last answers when the server is st
 """
 
 T = TypeVar("T", Tariff, Limits, Schedule)
-_PLAIN: Final = ("listen", "workers", "metrics", "ledger", "max_gib", "reserve_mib")
+_PLAIN: Final = ("listen", "workers", "metrics", "ledger", "max_gib", "log", "reserve_mib")
 
 
 class ConfigError(Exception):
@@ -82,6 +85,7 @@ class Config:
     metrics: str = ""
     ledger: str = field(default="", repr=False)  # it may have a password
     max_gib: int = 0
+    log: str = "text"
     reserve_mib: int = 64
     epochs: Schedule = field(default_factory=Schedule)
     tariff: Tariff = field(default_factory=Tariff)
@@ -129,6 +133,8 @@ def _config(table: dict[str, Any]) -> Config:
     )
     _refuse_rest(table)
     address(config.listen)
+    if config.log not in ("text", "json"):
+        raise ConfigError('`log` must be "text" or "json"')
     if config.workers < 0 or config.max_gib < 0:
         raise ConfigError("workers and max_gib cannot be negative")
     if (

@@ -5,6 +5,7 @@ Never a key, serial, voucher, address, size or anything else that links requests
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from typing import Final
@@ -14,9 +15,17 @@ QUIET_SECONDS: Final = 60.0
 _log = logging.getLogger("hpkvd")
 
 
-def start() -> None:
-    """Send what is told to standard error, one line each."""
-    logging.basicConfig(format="hpkvd: %(message)s", level=logging.INFO)
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """One object a line. Without a time: whoever keeps it adds one, if it is wanted."""
+        return json.dumps({"level": record.levelname.lower(), "message": record.getMessage()})
+
+
+def start(*, as_json: bool = False) -> None:
+    """Send what is told to standard error, one line each: text, or objects of JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Json() if as_json else logging.Formatter("hpkvd: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
 
 
 def tell(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -96,6 +97,19 @@ def test_reloading_replaces_the_workers_and_nobody_is_turned_away(server: Server
     assert served > 10
     code, told = server.stop()
     assert (code, "reloaded" in told) == (0, True)
+
+
+def test_logs_can_be_objects(data: Path) -> None:
+    settings = data / "hpkvd.toml"
+    settings.write_text(settings.read_text().replace('log = "text"', 'log = "json"'))
+    with ServerProcess(data, workers=1) as server:
+        os.kill(min(children(server)), signal.SIGKILL)
+        assert server.process.stderr is not None
+        told = json.loads(server.process.stderr.readline())
+        assert told == {
+            "level": "info",
+            "message": "a worker ended (killed by SIGKILL); starting another",
+        }
 
 
 def test_settings_that_are_wrong_do_not_get_in_by_reloading(server: ServerProcess) -> None:

@@ -7,8 +7,8 @@ printed, since it has to share the machine with the server.
 
 Figures, of `--json`: rps_ENGINE_WORKERS by the clock, core_ENGINE_WORKERS for each second of the
 server's own CPU (the database's not counted), p50_ms_64 and p99_ms_64 with 64 requests in flight
-at two workers on SQLite, and of a request's CPU in a worker the shares of proofs and codec; what
-is left is the ledger, the loop and the kernel.
+at two workers on SQLite, and of a request's CPU in a worker (one, SQLite) the shares of proofs,
+codec and ledger, each measured alone; what is left is the loop and the kernel.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import trio
+
 from hpkvd import config, epochs, identity
 from hpkvd.epochs import Epoch
-from hpkvd.ledger import urls
+from hpkvd.ledger import Read, Transaction, urls
 from hpkvfs.protocol.codec import REPLY_SIZE
 from hpkvfs.protocol.credential import Credential, Statement, parse, prepare
 from hpkvfs.protocol.messages import Done, decode_reply, decode_request
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
+from tests.server import ledgers
 from tests.server.postgres import Cluster
 from tests.server.support import Purse, ServerProcess, hpkvd, new_blob, new_key
 
@@ -185,7 +188,41 @@ def each(work: Callable[[bytes], object], frames: Sequence[bytes]) -> float:
     return (time.process_time() - start) / len(frames)
 
 
-def shares(load: Load, cpu: float) -> dict[str, float]:
+def ledger_seconds(home: Path, transactions: int = 600) -> float:
+    """Seconds of CPU that SQLite and the queue before it take for each transaction."""
+    url = f"sqlite://{home}/alone.sqlite"
+    urls.create(url)
+    inserts = [
+        ledgers.transaction(f"{i}", ledgers.insert(f"{i}"), f"s{i}", f"t{i}")
+        for i in range(transactions // 2)
+    ]
+    reads = [
+        ledgers.transaction(f"r{i}", Read(ledgers.key(f"{i}")), f"u{i}", f"v{i}")
+        for i in range(transactions // 2)
+    ]
+
+    async def measure() -> float:
+        async with ledgers.opened(url) as ledger:
+            await ledgers.fund(ledger)
+            limit = trio.CapacityLimiter(IN_FLIGHT)
+
+            async def apply(one: Transaction) -> None:
+                async with limit:
+                    await ledger.recall(one.fingerprint, one.serials)
+                    await ledger.refusal(one.change)
+                    await ledger.apply(one)
+
+            start = time.process_time()
+            for group in (inserts, reads):
+                async with trio.open_nursery() as nursery:
+                    for one in group:
+                        nursery.start_soon(apply, one)
+            return time.process_time() - start
+
+    return trio.run(measure) / transactions
+
+
+def shares(home: Path, load: Load, cpu: float) -> dict[str, float]:
     """Of the `cpu` seconds of one request: how much are proofs, how much encoding."""
     frames = load.frames[:200]
     issuer = load.epoch.issuer
@@ -199,10 +236,12 @@ def shares(load: Load, cpu: float) -> dict[str, float]:
 
     codec = 2 * each(decode_request, frames)  # and as much again to encode the reply
     proofs = each(prove, frames) - codec / 2
+    ledger = ledger_seconds(home)
     return {
         "share_proofs": round(proofs / cpu, 3),
         "share_codec": round(codec / cpu, 3),
-        "share_ledger_and_io": round(1 - (proofs + codec) / cpu, 3),
+        "share_ledger": round(ledger / cpu, 3),
+        "share_rest": round(1 - (proofs + codec + ledger) / cpu, 3),
     }
 
 
@@ -227,10 +266,10 @@ def run(as_json: bool) -> dict[str, object]:
                         " of a core",
                         flush=True,
                     )
-        return _figures(load, results)
+        return _figures(home, load, results)
 
 
-def _figures(load: Load, results: dict[str, Result]) -> dict[str, object]:
+def _figures(home: Path, load: Load, results: dict[str, Result]) -> dict[str, object]:
     figures: dict[str, object] = {}
     for name, result in results.items():
         figures[f"rps_{name}"] = round(result.rate)
@@ -241,4 +280,4 @@ def _figures(load: Load, results: dict[str, Result]) -> dict[str, object]:
     hundredths = statistics.quantiles(results["sqlite_2"].latencies, n=100)
     figures["p50_ms_64"] = round(1000 * hundredths[49], 1)
     figures["p99_ms_64"] = round(1000 * hundredths[98], 1)
-    return figures | shares(load, 1 / results["sqlite_1"].per_core)
+    return figures | shares(home, load, 1 / results["sqlite_1"].per_core)

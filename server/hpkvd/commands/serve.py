@@ -92,8 +92,8 @@ def serve(
     SIGHUP brings new settings and epochs into use without a pause. Sockets of systemd are used
     instead of --listen when it passes any.
     """
-    log.start()
     config = settings.load(data)
+    log.start(as_json=config.log == "json")
     if ledger is not None:
         os.environ["HPKVD_LEDGER"] = ledger  # for the workers; not in their command lines
     _look_over(data, config, ledger)
@@ -149,9 +149,10 @@ def _look_over(data: Path, config: Config, url: str | None) -> None:
 @failures
 def worker(data: Path, ledger: str | None, fds: Sequence[int], channel_fd: int) -> None:
     """One of the processes of `hpkvd serve`; not for people."""
-    log.start()
+    config = settings.load(data)
+    log.start(as_json=config.log == "json")
     sockets = [socket.socket(fileno=fd) for fd in fds]
-    trio.run(_work, data, settings.load(data), ledger, sockets, channel_fd)
+    trio.run(_work, data, config, ledger, sockets, channel_fd)
 
 
 async def _supervise(
