@@ -149,9 +149,11 @@ def voucher(data: Path, ledger: str | None, amount: int, count: int, as_json: bo
 @failures
 def status(data: Path, ledger: str | None, as_json: bool) -> None:
     """Tell how much is stored and spent; also while the server runs."""
-    desk = open_ledger(data, settings.load(data), ledger)
+    config = settings.load(data)
+    desk = open_ledger(data, config, ledger)
     try:
         report = _report(epoch_files.published(data / settings.EPOCHS)[-1], desk.totals())
+        report["ledger"] = urls.shown(ledger_url(data, config, ledger))
     finally:
         desk.close()
     click.echo(json.dumps(report) if as_json else _text(report))
@@ -284,6 +286,7 @@ def _text(report: dict[str, Any]) -> str:
         "tariff": _prices(report["tariff"]),
         "blobs": f"{report['blobs']:,} ({report['bytes']:,} bytes)",
         "breakglass entries": f"{report['entries']:,}",
+        "ledger": report["ledger"],
         "requests": f"{report['requests']:,}",
         "spent serials": f"{report['serials']:,}",
         "tokens issued": f"{tokens['issued']:,}",

@@ -166,14 +166,17 @@ class Handler:
         if reason is not None:
             return Refused(reason)
         statement = request.statement(epoch.tariff)
+        start = time.perf_counter()
         epoch.issuer.verify(statement, credentials, None if into is epoch else into.issuer)
+        issued = into.issuer.issue(statement, credentials)
+        self._meter.worked("proofs", time.perf_counter() - start)
         transaction = Transaction(
             fingerprint=fingerprint,
             epoch=epoch.number,
             operation=request.operation,
             delta=statement.delta,
             serials=credentials.serials,
-            issued=into.issuer.issue(statement, credentials),
+            issued=issued,
             change=change,
         )
         verdict: Verdict = await self._ledger.apply(transaction)

@@ -95,7 +95,7 @@ def test_a_ledger_moves_there_and_back_and_serves_only_where_it_is(
     settings = data / "hpkvd.toml"
     settings.write_text(settings.read_text().replace('ledger = ""', f'ledger = "{there}"'))
     with ServerProcess(data) as server:
-        assert status(server) == before
+        assert status(server) == before | {"ledger": "PostgreSQL"}
         purse.held = pair
         reply = server.ask(purse.look_up(key).frame)
         assert isinstance(reply, Spent)
@@ -105,7 +105,7 @@ def test_a_ledger_moves_there_and_back_and_serves_only_where_it_is(
     assert "moved elsewhere" in hpkvd("status", data=data).stderr
     assert hpkvd("check", "--ledger", back, data=data).returncode == 0
     moved = hpkvd("status", "--ledger", back, "--json", data=data)
-    assert json.loads(moved.stdout) == before
+    assert json.loads(moved.stdout) == before | {"ledger": f"SQLite, {data}/back.sqlite"}
 
 
 def hpkvd_plain(*arguments: str) -> tuple[int, str]:

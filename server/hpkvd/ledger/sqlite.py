@@ -5,12 +5,11 @@ runs in a thread, where SQLite holds no interpreter lock. (A thread for the stat
 would fight the proofs for that lock.) While one COMMIT waits, the transactions that arrive
 queue up and share the next: group commit.
 
-    apply() x n -> queue -> BEGIN IMMEDIATE, up to BATCH transactions, COMMIT -> wake n callers
+    submit() x n -> BEGIN IMMEDIATE, decide (rules.py) and write each, COMMIT -> wake n callers
 
-Invariants. Nothing is read by `_read` before it is durable, since that is another connection.
-`_apply` writes only after every check of its transaction has passed, so that a refused one
-leaves no trace in the batch. A batch that fails is rolled back as a whole, and every caller in
-it told so. No await separates BEGIN from the last statement of a batch.
+Invariants. Nothing is read by `_durable` before it is durable, since that is another connection.
+A batch that fails is rolled back as a whole, and every caller in it told so. No await separates
+BEGIN from the last statement of a batch.
 
 The order of rows tells nothing of the order of arrival: tables are ordered by hashes or random
 numbers. (How the file was laid out over time still tells something to who seizes the disk.)
@@ -20,33 +19,32 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 import trio
 
 from hpkvd.ledger import (
     Change,
-    Delete,
     Insert,
     Known,
     LedgerBusy,
     LedgerError,
     LedgerFull,
     Opening,
-    Read,
-    Redeem,
     StoredEntry,
     StoreEntry,
     Totals,
     Transaction,
     Verdict,
+    rules,
 )
 from hpkvd.ledger import sweep as ended
+from hpkvd.ledger.group import Group
+from hpkvd.ledger.rules import Drop, Job, Posting, Result, Retire
 from hpkvd.ledger.sweep import Sweep
 from hpkvd.log import Complaints
 from hpkvfs.protocol.messages import Done, Fact, Outcome, Reason, Refused, StoredFact
@@ -55,7 +53,6 @@ from hpkvfs.protocol.voucher import Voucher
 
 APPLICATION: Final = int.from_bytes(b"hpkv", "big")
 SCHEMA_VERSION: Final = 3
-BATCH: Final = 64
 LOCK_SECONDS: Final = 5.0
 RESERVE: Final = 64 * 2**20
 VACUUM_PAGES: Final = 1024
@@ -140,62 +137,85 @@ FROM books
 """
 
 
-@dataclass(slots=True)
-class _Posting:
-    """What a batch adds to the books; the fields are the parameters of _BOOKS, in order."""
+class _Rows:
+    """rules.Tables: the rows of the file, read and written at once."""
 
-    issued: int = 0
-    charged: int = 0
-    refunded: int = 0
-    outstanding: int = 0
-    requests: int = 0
-    serials: int = 0
-    blobs: int = 0
+    def __init__(self, connection: sqlite3.Connection, sweep: Sweep) -> None:
+        self._connection = connection
+        self._sweep = sweep
 
-    def add(self, transaction: Transaction) -> None:
-        delta = transaction.delta
-        if transaction.operation is Operation.ISSUE:
-            self.issued += delta
-        elif delta < 0:
-            self.charged -= delta
-        else:
-            self.refunded += delta
-        self.outstanding += delta
-        self.requests += 1
-        self.serials += len(transaction.serials)
-        self.blobs += isinstance(transaction.change, Insert)
-        self.blobs -= isinstance(transaction.change, Delete)
+    def known(self, fingerprint: bytes, serials: Sequence[bytes]) -> tuple[StoredFact, ...]:
+        """See rules.Reading."""
+        first, second = serials or (None, None)
+        rows = self._connection.execute(_RECALL, (fingerprint, first, second)).fetchall()
+        return tuple(_stored(*row) for row in rows)
 
+    def digest(self, key: bytes) -> bytes | None:
+        """See rules.Reading."""
+        return self._value("SELECT digest FROM blob WHERE key = ?", key)
 
-@dataclass(frozen=True, slots=True)
-class _Drop:
-    """Delete the entries that are gone at this hour."""
+    def blob(self, key: bytes) -> bytes | None:
+        """See rules.Tables."""
+        return self._value("SELECT blob FROM blob WHERE key = ?", key)
 
-    now: int
+    def _value(self, query: str, key: bytes) -> bytes | None:
+        row = self._connection.execute(query, (key,)).fetchone()
+        return None if row is None else row[0]
 
+    def voucher(self, digest: bytes) -> tuple[int, bool] | None:
+        """See rules.Reading."""
+        query = "SELECT amount, spent FROM voucher WHERE digest = ?"
+        row = self._connection.execute(query, (digest,)).fetchone()
+        return None if row is None else (row[0], bool(row[1]))
 
-@dataclass(frozen=True, slots=True)
-class _Retire:
-    """No epoch below this one can be presented any more."""
+    def entry(self, key: bytes, now: int) -> StoredEntry | None:
+        """See rules.Reading."""
+        row = self._connection.execute(_ENTRY, (key, now)).fetchone()
+        return None if row is None else StoredEntry(*row)
 
-    oldest: int
+    def put_blob(self, insert: Insert) -> None:
+        """See rules.Tables."""
+        row = (insert.key, insert.digest, insert.blob)
+        self._connection.execute("INSERT INTO blob VALUES (random(), ?, ?, ?)", row)
 
+    def delete_blob(self, key: bytes) -> None:
+        """See rules.Tables."""
+        self._connection.execute("DELETE FROM blob WHERE key = ?", (key,))
 
-_Job: TypeAlias = Transaction | Opening | _Drop | _Retire
-_Result: TypeAlias = Verdict | StoredEntry | None
+    def spend_voucher(self, digest: bytes) -> None:
+        """See rules.Tables."""
+        self._connection.execute("UPDATE voucher SET spent = 1 WHERE digest = ?", (digest,))
 
+    def put_entry(self, entry: StoreEntry, epoch: int) -> None:
+        """See rules.Tables."""
+        row = (entry.key, epoch, entry.counter, entry.digest, entry.value, entry.hours)
+        self._connection.execute("DELETE FROM entry WHERE key = ?", (entry.key,))
+        self._connection.execute(_STORE_ENTRY, row)
 
-@dataclass(slots=True)
-class _Waiting:
-    """A caller who wants something written, and what to tell him."""
+    def start_timer(self, opening: Opening) -> None:
+        """See rules.Tables."""
+        self._connection.execute(_START_TIMER, (opening.now, opening.key, opening.digest))
 
-    job: _Job
-    decided: trio.Event = field(default_factory=trio.Event)
-    result: _Result | LedgerError = None
+    def drop_entries(self, now: int) -> None:
+        """See rules.Tables."""
+        self._connection.execute("DELETE FROM entry WHERE gone_at <= ?", (now,))
 
-    def settle(self, result: _Result | LedgerError) -> None:
-        self.result = result
-        self.decided.set()
+    @property
+    def oldest_epoch(self) -> int:
+        """See rules.Tables."""
+        return self._sweep.oldest
+
+    def retire(self, oldest: int) -> None:
+        """See rules.Tables."""
+        self._sweep.retire(self._connection, oldest)
+
+    def record(self, transaction: Transaction, fact: Fact) -> None:
+        """See rules.Tables."""
+        fingerprint, issued = transaction.fingerprint, transaction.issued
+        row = (fingerprint, transaction.epoch, fact.operation, fact.outcome, fact.delta, issued)
+        self._connection.execute("INSERT INTO request VALUES (?, ?, ?, ?, ?, ?)", row)
+        rows = [(serial, fingerprint) for serial in transaction.serials]
+        self._connection.executemany("INSERT INTO serial VALUES (?, ?)", rows)
 
 
 class SqliteLedger:
@@ -209,8 +229,7 @@ class SqliteLedger:
         self._directory = path.parent
         self._reserve = reserve
         self._max_blobs = max_blobs
-        self._queue: deque[_Waiting] = deque()
-        self._wake = trio.Event()
+        self._writing: Group[Job, Result] = Group(self._perform, self._tidied)
         self._complaints = Complaints()
         with _translated():
             self._write = _connect(path)
@@ -219,6 +238,8 @@ class SqliteLedger:
             self._sweep = Sweep(self._write)
             self._read = _connect(path)
             self._read.execute("PRAGMA query_only = 1")
+        self._rows = _Rows(self._write, self._sweep)
+        self._durable = _Rows(self._read, self._sweep)
 
     @classmethod
     def create(cls, path: Path) -> None:
@@ -266,24 +287,25 @@ class SqliteLedger:
     async def recall(self, fingerprint: bytes, serials: Sequence[bytes]) -> Known | None:
         """What is known of a request and its serials, durably, if anything is."""
         with _translated():
-            return _recall(self._read, fingerprint, serials)
+            known = self._durable.known(fingerprint, serials)
+        return Known(known) if known else None
 
     async def refusal(self, change: Change) -> Reason | None:
         """Why this change would be refused at this moment; to spare a costly proof."""
         with _translated():
             if isinstance(change, Insert | StoreEntry) and not self._has_room():
                 return Reason.FULL
-            return _refusal(self._read, change)
+            return rules.refusal(self._durable, change)
 
     async def read(self, key: bytes) -> bytes | None:
         """The blob under a key."""
         with _translated():
-            return _blob(self._read, key)
+            return self._durable.blob(key)
 
     async def entry(self, key: bytes, now: int) -> StoredEntry | None:
         """The breakglass entry under a key, unless its timer has fired."""
         with _translated():
-            return _entry(self._read, key, now)
+            return self._durable.entry(key, now)
 
     def _has_room(self) -> bool:
         if self._max_blobs:
@@ -297,7 +319,7 @@ class SqliteLedger:
 
     async def apply(self, transaction: Transaction) -> Verdict:
         """Perform it unless it is known or refused; durable on return."""
-        verdict = await self._written(transaction)
+        verdict = await self._writing.submit(transaction)
         assert isinstance(verdict, Done | Refused | Known)
         return verdict
 
@@ -308,70 +330,41 @@ class SqliteLedger:
             return None
         if stored.gone_at is not None:
             return stored  # opening it again writes nothing
-        opened = await self._written(opening)
+        opened = await self._writing.submit(opening)
         assert opened is None or isinstance(opened, StoredEntry)
         return opened
 
     async def drop_entries(self, now: int) -> None:
         """Delete what is gone by now from the disk too."""
-        await self._written(_Drop(now))
+        await self._writing.submit(Drop(now))
 
     async def retire(self, oldest: int) -> None:
         """No epoch below this one is presented any more, durably; what is kept of them goes."""
-        await self._written(_Retire(oldest))
+        await self._writing.submit(Retire(oldest))
 
     @property
     def oldest_epoch(self) -> int:
         """Number of the oldest epoch that can be presented."""
         return self._sweep.oldest
 
-    async def _written(self, job: _Job) -> _Result:
-        waiting = _Waiting(job)
-        self._queue.append(waiting)
-        self._wake.set()
-        await waiting.decided.wait()
-        if isinstance(waiting.result, LedgerError):
-            raise waiting.result
-        return waiting.result
-
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[SqliteLedger]:
         """Run the writer; what was queued is performed before this ends, whatever ends it."""
-        stopping = trio.Event()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._run, stopping)
-            try:
-                yield self
-            finally:
-                stopping.set()
-                self._wake.set()
+        async with self._writing.serving():
+            yield self
 
-    async def _run(self, stopping: trio.Event) -> None:
-        with trio.CancelScope(shield=True):
-            while self._queue or not stopping.is_set():
-                if self._queue:
-                    batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
-                    await self._perform(batch)
-                elif not await self._tidied():
-                    self._wake = trio.Event()
-                    await self._wake.wait()
-
-    async def _perform(self, batch: Sequence[_Waiting]) -> bool:
-        """One transaction of a batch, and of a step of the sweep; whether it could be done."""
+    async def _perform(self, jobs: Sequence[Job]) -> Sequence[Result]:
+        """One transaction of a batch, and of a step of the sweep."""
         try:
             with _translated():
                 await self._begin()
-                results = self._write_all(batch)
+                results = self._write_all(jobs)
                 await trio.to_thread.run_sync(self._write.execute, "COMMIT")
         except LedgerError as error:
             self._complaints.complain(f"requests are refused, nothing is lost: {error}")
             self._roll_back()
-            for waiting in batch:
-                waiting.settle(error)
-            return False
-        for waiting, result in zip(batch, results, strict=True):
-            waiting.settle(result)
-        return True
+            raise
+        return results
 
     async def _begin(self) -> None:
         """Take the write lock, letting others run while another process holds it."""
@@ -385,87 +378,17 @@ class SqliteLedger:
                     raise
             await trio.sleep(0.005)
 
-    def _write_all(self, batch: Sequence[_Waiting]) -> list[_Result]:
-        posting = _Posting()
+    def _write_all(self, jobs: Sequence[Job]) -> list[Result]:
+        posting = Posting()
         self._sweep.refresh(self._write)
-        results = [self._write_one(waiting.job, posting) for waiting in batch]
+        results = [rules.perform(self._rows, job, posting) for job in jobs]
         if self._sweep.due:
-            swept = self._sweep.step(self._write, SWEEP_ROWS_WHEN_BUSY if batch else SWEEP_ROWS)
+            swept = self._sweep.step(self._write, SWEEP_ROWS_WHEN_BUSY if jobs else SWEEP_ROWS)
             posting.requests -= swept.requests
             posting.serials -= swept.serials
-        if posting != _Posting():
+        if posting != Posting():
             self._write.execute(_BOOKS, astuple(posting))
         return results
-
-    def _write_one(self, job: _Job, posting: _Posting) -> _Result:
-        match job:
-            case Transaction():
-                return self._apply(job, posting)
-            case Opening(key, digest, now):
-                self._write.execute(_START_TIMER, (now, key, digest))
-                stored = _entry(self._write, key, now)
-                return stored if stored is not None and stored.digest == digest else None
-            case _Retire(oldest):
-                self._sweep.retire(self._write, oldest)
-                return None
-            case _Drop(now):
-                self._write.execute("DELETE FROM entry WHERE gone_at <= ?", (now,))
-                return None
-
-    def _apply(self, transaction: Transaction, posting: _Posting) -> Verdict:
-        if transaction.epoch < self._sweep.oldest:
-            return Refused(Reason.EPOCH_ENDED)
-        known = _recall(self._write, transaction.fingerprint, transaction.serials)
-        if known is not None:
-            return known
-        reason = _refusal(self._write, transaction.change)
-        if reason is not None:
-            return Refused(reason)
-        outcome, value = self._change(transaction)
-        fact = Fact(transaction.operation, outcome, transaction.delta)
-        self._record(transaction, fact)
-        posting.add(transaction)
-        return Done(fact, transaction.issued, value)
-
-    def _change(self, transaction: Transaction) -> tuple[Outcome, bytes | None]:
-        match transaction.change:
-            case Read(key):
-                value = _blob(self._write, key)
-                return (Outcome.ABSENT if value is None else Outcome.FOUND), value
-            case Insert(key, digest, blob):
-                self._write.execute(
-                    "INSERT INTO blob VALUES (random(), ?, ?, ?)", (key, digest, blob)
-                )
-                return Outcome.INSERTED, None
-            case Delete(key):
-                self._write.execute("DELETE FROM blob WHERE key = ?", (key,))
-                return Outcome.DELETED, None
-            case StoreEntry(key, counter, digest, value, hours):
-                row = (key, transaction.epoch, counter, digest, value, hours)
-                self._write.execute("DELETE FROM entry WHERE key = ?", (key,))
-                self._write.execute(_STORE_ENTRY, row)
-                return Outcome.STORED, None
-            case Redeem(voucher):
-                self._write.execute("UPDATE voucher SET spent = 1 WHERE digest = ?", (voucher,))
-                return Outcome.ISSUED, None
-            case None:
-                return Outcome.REISSUED, None
-
-    def _record(self, transaction: Transaction, fact: Fact) -> None:
-        fingerprint = transaction.fingerprint
-        self._write.execute(
-            "INSERT INTO request VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                fingerprint,
-                transaction.epoch,
-                fact.operation,
-                fact.outcome,
-                fact.delta,
-                transaction.issued,
-            ),
-        )
-        rows = [(serial, fingerprint) for serial in transaction.serials]
-        self._write.executemany("INSERT INTO serial VALUES (?, ?)", rows)
 
     def _roll_back(self) -> None:
         if self._write.in_transaction:
@@ -475,15 +398,16 @@ class SqliteLedger:
     async def _tidied(self) -> bool:
         """Drop some rows of ended epochs, or give some of the pages that deletions freed back to
         the disk; False if there is little of either."""
-        if self._sweep.due:
-            return await self._perform(())
         try:
+            if self._sweep.due:
+                await self._perform(())
+                return True
             (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
             if free < 2 * VACUUM_PAGES:
                 return False
             command = f"PRAGMA incremental_vacuum({VACUUM_PAGES})"
             await trio.to_thread.run_sync(self._write.executescript, command)
-        except sqlite3.Error:
+        except (sqlite3.Error, LedgerError):
             return False
         return True
 
@@ -518,69 +442,10 @@ def _upgrade(connection: sqlite3.Connection) -> None:
         )
 
 
-def _recall(
-    connection: sqlite3.Connection, fingerprint: bytes, serials: Sequence[bytes]
-) -> Known | None:
-    first, second = serials or (None, None)
-    rows = connection.execute(_RECALL, (fingerprint, first, second)).fetchall()
-    if not rows:
-        return None
-    return Known(tuple(_stored(*row) for row in rows))
-
-
 def _stored(
     fingerprint: bytes, operation: int, outcome: int, delta: int, issued: bytes
 ) -> StoredFact:
     return StoredFact(fingerprint, Fact(Operation(operation), Outcome(outcome), delta), issued)
-
-
-def _blob(connection: sqlite3.Connection, key: bytes) -> bytes | None:
-    row = connection.execute("SELECT blob FROM blob WHERE key = ?", (key,)).fetchone()
-    return None if row is None else row[0]
-
-
-def _refusal(connection: sqlite3.Connection, change: Change) -> Reason | None:
-    match change:
-        case Insert(key):
-            return None if _digest(connection, key) is None else Reason.KEY_EXISTS
-        case Delete(key, digest):
-            return _deletion_refusal(_digest(connection, key), digest)
-        case Redeem(voucher, amount):
-            return _redemption_refusal(connection, voucher, amount)
-        case StoreEntry(key, counter, now=now):
-            stored = _entry(connection, key, now)
-            newer = stored is None or counter > stored.counter
-            return None if newer else Reason.OLD_COUNTER
-        case _:
-            return None
-
-
-def _entry(connection: sqlite3.Connection, key: bytes, now: int) -> StoredEntry | None:
-    row = connection.execute(_ENTRY, (key, now)).fetchone()
-    return None if row is None else StoredEntry(*row)
-
-
-def _digest(connection: sqlite3.Connection, key: bytes) -> bytes | None:
-    row = connection.execute("SELECT digest FROM blob WHERE key = ?", (key,)).fetchone()
-    return None if row is None else row[0]
-
-
-def _deletion_refusal(stored: bytes | None, digest: bytes) -> Reason | None:
-    if stored is None:
-        return Reason.KEY_ABSENT
-    return None if stored == digest else Reason.DIGEST_MISMATCH
-
-
-def _redemption_refusal(
-    connection: sqlite3.Connection, voucher: bytes, amount: int
-) -> Reason | None:
-    query = "SELECT amount, spent FROM voucher WHERE digest = ?"
-    row = connection.execute(query, (voucher,)).fetchone()
-    if row is None:
-        return Reason.UNKNOWN_VOUCHER
-    if row[1]:
-        return Reason.VOUCHER_SPENT
-    return None if row[0] == amount else Reason.VOUCHER_AMOUNT
 
 
 def _primary(error: sqlite3.Error) -> int:
