@@ -238,6 +238,7 @@ class SqliteLedger:
             self._sweep = Sweep(self._write)
             self._read = _connect(path)
             self._read.execute("PRAGMA query_only = 1")
+            self._write.execute("PRAGMA busy_timeout = 0")  # _begin waits, and lets others run
         self._rows = _Rows(self._write, self._sweep)
         self._durable = _Rows(self._read, self._sweep)
 
@@ -413,7 +414,10 @@ class SqliteLedger:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    # Who opens a file first recovers its log, and others that start then have to wait for that.
+    connection = sqlite3.connect(
+        path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False
+    )
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA cache_size = -16384")
     connection.execute(f"PRAGMA journal_size_limit = {RESERVE}")
