@@ -66,9 +66,8 @@ def units(settings: Settings) -> dict[str, str]:
 
 def install(settings: Settings) -> list[str]:
     """Write the unit files and start the timer; what was done, or is left to do, in lines."""
-    directory = _directory()
+    files, directory = units(settings), _directory()
     directory.mkdir(parents=True, exist_ok=True)
-    files = units(settings)
     for name, content in files.items():
         (directory / name).write_text(content)
     told = [f"{directory / name} is written" for name in files]
