@@ -384,6 +384,8 @@ Examples:
               show_default=True, help="Where data is when fsync returns.")  # fmt: skip
 @click.option("--cache-size", type=click.IntRange(min=1), default=1024, metavar="MIB",
               show_default=True, help="Encrypted cache on this disk.")  # fmt: skip
+@click.option("--memory", type=click.IntRange(min=64), default=256, metavar="MIB",
+              show_default=True, help="Memory to get by with, unpublished data apart.")  # fmt: skip
 @click.option("--patience", type=click.FloatRange(min=1), metavar="S",
               show_default="20, over Tor 120", help="Seconds until a read gives up.")  # fmt: skip
 @spread_option
@@ -412,6 +414,7 @@ def mount_(
     publish_interval: float,
     durability: str,
     cache_size: int,
+    memory: int,
     patience: float | None,
     spread: float,
     takeover: bool,
@@ -445,7 +448,8 @@ def mount_(
         _check_free(settings)
     if not foreground:
         flags = ["--publish-interval", str(publish_interval), "--durability", durability,
-                 "--cache-size", str(cache_size), "--spread", str(spread)]  # fmt: skip
+                 "--cache-size", str(cache_size), "--memory", str(memory),
+                 "--spread", str(spread)]  # fmt: skip
         flags += ["--patience", str(patience)] if patience is not None else []
         flags += ["--follow-interval", str(follow_interval)]
         flags += ["--allow-other"] * allow_other + ["--read-only"] * read_only
@@ -461,6 +465,7 @@ def mount_(
         publish_interval=publish_interval,
         remote_durability=durability == "remote",
         cache_bytes=cache_size << 20,
+        memory=memory << 20,
         patience=patience,
         spread=spread,
         read_only=read_only,

@@ -7,8 +7,6 @@ after each answer the descriptor is polled for a moment, and only when nothing c
 task wait as trio would have it. pyfuse3 lets its event loop be replaced (that is how it runs
 under asyncio); `Trio` here is trio, but for these two calls.
 
-Measured on 2,000 small creates: see docs/performance.md.
-
 Invariant: nobody starves. After HOLD seconds without a turn of trio's loop one is taken, and
 waiting here (at most LINGER) happens only when trio has nothing else to do that was due.
 """

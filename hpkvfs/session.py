@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import trio
@@ -77,6 +78,9 @@ Rng = Callable[[int], bytes]
 class Options:
     """How a vault is used.
 
+    memory: bytes that the process is to get by with, what waits to be published apart; the
+    caches of nodes and extents take three eighths of it, the interpreter and what is under way
+    the rest;
     publish_interval: seconds between generations while something changes; remote_durability:
     fsync waits for the server; dirty_limit: bytes that may wait to be published;
     publish_at: dirty bytes that are published without waiting for the interval; patience:
@@ -91,8 +95,9 @@ class Options:
     publish_interval: float = 10.0
     remote_durability: bool = False
     cache_bytes: int = 1024 * MIB
+    memory: int = 256 * MIB
     dirty_limit: int = 256 * MIB
-    publish_at: int = 32 * MIB
+    publish_at: int = 128 * MIB
     patience: float | None = None
     spread: float = 0.0
     snapshots_shown: bool = True
@@ -488,6 +493,7 @@ class Session:
                 nursery.start_soon(self._follow_regularly)
             else:
                 nursery.start_soon(self._publish_regularly)
+                nursery.start_soon(self._reclaim)
                 nursery.start_soon(self.breakglass.run, lambda: self.generation)
 
     @property
@@ -524,6 +530,14 @@ class Session:
         self._start_from_known()
         await self.followed()
         return True
+
+    async def _reclaim(self) -> None:
+        """Remove what was open and without a name when an earlier process ended."""
+        try:
+            for ino in await run(self, self._fs.left_behind):
+                await run(self, partial(self._fs.reclaim, ino))
+        except (HpkvError, OSError) as error:
+            log.info("orphans are reclaimed another time: %s", error)
 
     async def _publish_regularly(self) -> None:
         pause = self.options.publish_interval
@@ -763,7 +777,9 @@ def _build(
 ) -> Session:
     patience = options.patience or PATIENCE_SECONDS
     store = RemoteStore(journal, dialer, rng, identity=identity, patience=patience)
-    volume = Volume(keys, Sealer(keys, rng), store, cache, kept.known(journal, options.kept))
+    sealer, caches = Sealer(keys, rng), options.memory * 3 // 8
+    known = kept.known(journal, options.kept)
+    volume = Volume(keys, sealer, store, cache, known, memory=caches)
     writer = journal.meta(_WRITER)
     if writer is None:
         writer = rng(8)

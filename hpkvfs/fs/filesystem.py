@@ -279,7 +279,7 @@ class Filesystem:
         if left > 0:
             self._lookups[ino] = left
             return
-        if ino in self._orphaned:
+        if ino in self._orphaned and self.getattr(ino).nlink == 0:
             self.reclaim(ino)
         self._lookups.pop(ino, None)
         self._accesses.pop(ino, None)

@@ -128,6 +128,25 @@ def scan(
         visit = _next_of_scan(source, ahead)
 
 
+def beside(source: NodeSource, root: BlobRef | None, key: bytes) -> Iterator[BlobRef]:
+    """The leaves after the one where this key belongs, then those before it, near ones first.
+
+    All have the same parent; none when that, or a node above it, is not in memory.
+    """
+    if root is None:
+        return
+    try:
+        node = source.node(root)
+        while node.level > 1:
+            node = source.node(node.child(max(bisect_right(node.keys, key) - 1, 0)))
+    except Missing:
+        return
+    if node.level == 1:
+        index = max(bisect_right(node.keys, key) - 1, 0)
+        for other in chain(range(index + 1, len(node.keys)), range(index - 1, -1, -1)):
+            yield node.child(other)
+
+
 def wanted(source: NodeSource, root: BlobRef | None, keys: Sequence[bytes]) -> list[BlobRef]:
     """Nodes to load before edits of these ascending keys; [] when apply needs none.
 

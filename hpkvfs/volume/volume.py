@@ -20,7 +20,8 @@ from hpkvfs.errors import CorruptBlob
 from hpkvfs.parallel import each
 from hpkvfs.tree import btree
 from hpkvfs.tree.node import CorruptNode, Node
-from hpkvfs.types import BlobId, BlobRef, BlobStore, Generation, Missing, anchor_id
+from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, BlobStore, Generation, Missing, anchor_id
+from hpkvfs.volume.ahead import Ahead
 from hpkvfs.volume.anchor import Anchor
 from hpkvfs.volume.blob import Kind, Sealer
 from hpkvfs.volume.deadlist import Dead, DeadList, read_page
@@ -29,8 +30,12 @@ from hpkvfs.volume.snapshots import Snapshot, decode_table
 
 log = logging.getLogger(__name__)
 
-NODES_IN_MEMORY = 1_500
-EXTENTS_IN_MEMORY = 2_048
+MEMORY = 96 << 20
+LEAST_NODES = 512
+"""One operation (200 entries listed with their inodes, what is fetched ahead) may need more than
+half as many at once; with fewer it would push out what it needs, load it, and so on for ever."""
+NODE_COST = 48 << 10
+"""Bytes of memory that a decoded node takes, about: its items are objects."""
 FETCHES_AT_ONCE = 16
 
 V = TypeVar("V")
@@ -110,15 +115,23 @@ class Volume:
     """The newest known generation and the blobs of it that are in memory."""
 
     def __init__(
-        self, keys: VaultKeys, sealer: Sealer, store: BlobStore, cache: Cache, known: Known | None
+        self,
+        keys: VaultKeys,
+        sealer: Sealer,
+        store: BlobStore,
+        cache: Cache,
+        known: Known | None,
+        memory: int = MEMORY,
     ) -> None:
+        """`memory`: bytes of nodes and extents that may be kept, about."""
         self.keys = keys
         self.sealer = sealer
         self.store = store
         self.known = known
         self._cache = cache
-        self._nodes: Lru[Node] = Lru(NODES_IN_MEMORY)
-        self._extents: Lru[bytes] = Lru(EXTENTS_IN_MEMORY)
+        self._nodes: Lru[Node] = Lru(max(LEAST_NODES, memory * 2 // 3 // NODE_COST))
+        self._extents: Lru[bytes] = Lru(max(128, memory // 3 // PAYLOAD_SIZE))
+        self._ahead = Ahead()
         self._pages: dict[BlobRef, tuple[list[Dead], list[BlobRef]]] = {}
         self._tables: dict[BlobRef, list[Snapshot]] = {}
         self._loading: dict[BlobRef, trio.Event] = {}
@@ -136,27 +149,44 @@ class Volume:
 
     def get(self, key: bytes) -> bytes | None:
         """An item of the newest known tree, or None; MissingNode."""
-        return btree.get(self, self.root, key)
+        return self.get_in(self.root, key)
 
     def scan(self, low: bytes, high: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Items of the newest known tree with low <= key < high; MissingNode."""
-        return btree.scan(self, self.root, low, high)
+        return self.scan_in(self.root, low, high)
 
     def get_in(self, root: BlobRef | None, key: bytes) -> bytes | None:
         """An item of another tree, or None; MissingNode."""
-        return btree.get(self, root, key)
+        try:
+            return btree.get(self, root, key)
+        except MissingNode as missing:
+            raise self._with_more(missing, root, key) from None
 
     def scan_in(
         self, root: BlobRef | None, low: bytes, high: bytes
     ) -> Iterator[tuple[bytes, bytes]]:
         """Items of another tree with low <= key < high; MissingNode."""
-        return btree.scan(self, root, low, high)
+        try:
+            yield from btree.scan(self, root, low, high)
+        except MissingNode as missing:
+            raise self._with_more(missing, root, low) from None
+
+    def _with_more(self, missing: MissingNode, root: BlobRef | None, key: bytes) -> MissingNode:
+        """What is missing, and the leaves beside it that will probably be wanted next."""
+        found = missing.refs
+        beside = (ref for ref in btree.beside(self, root, key) if not self._has_node(ref))
+        more = self._ahead.more(found[0], (ref for ref in beside if ref not in found))
+        return MissingNode((*found, *more))
+
+    def _has_node(self, ref: BlobRef) -> bool:
+        return self._nodes.get(ref) is not None or ref in self._loading
 
     def node(self, ref: BlobRef) -> Node:
         """A tree node; MissingNode when it is not in memory."""
         node = self._nodes.get(ref)
         if node is None:
             raise MissingNode((ref,))
+        self._ahead.use(ref)
         return node
 
     def extent(self, ref: BlobRef) -> bytes:
@@ -229,6 +259,7 @@ class Volume:
         try:
             self._accept(ref, kind, await self.fetch(ref, kind))
         finally:
+            self._ahead.loaded(ref)
             del self._loading[ref]
             event.set()
 
