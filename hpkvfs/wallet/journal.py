@@ -405,7 +405,10 @@ def _prepare(database: sqlite3.Connection) -> None:
     if version == 0:
         database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
     elif version < FORMAT:
-        database.execute(f"PRAGMA user_version = {FORMAT}")
+        raise VaultError(
+            f"the wallet's journal has format {version}, from before the first release",
+            "recover the vault from its words",
+        )
 
 
 def _damaged() -> VaultError:

@@ -7,8 +7,6 @@
     book          [bought, refunded, spent, expired]
     reserve       [credential number...]
 
-Rows of format 1 have no `into` and no `expired`, for which empty and 0 are read.
-
 Reading raises ValueError, LookupError, TypeError or protocol.errors.Malformed for anything
 else; the rows come out of a sealed file, so that only a bug of ours could make one.
 """
@@ -54,9 +52,15 @@ def unpack_pending(number: int, row: bytes, held: Mapping[int, Held]) -> Pending
         number,
         epoch,
         tuple(held[one] for one in inputs),
-        tuple(Attempt(Operation(operation), *rest) for operation, *rest in attempts),
+        tuple(_attempt(*attempt) for attempt in attempts),
         memo,
     )
+
+
+def _attempt(
+    operation: int, delta: int, fingerprint: bytes, secrets: bytes, body: bytes, into: bytes
+) -> Attempt:
+    return Attempt(Operation(operation), delta, fingerprint, secrets, body, into)
 
 
 def pack_receipt(operation: Operation, memo: bytes) -> bytes:
@@ -79,7 +83,8 @@ def pack_book(book: Book) -> bytes:
 
 def unpack_book(row: bytes) -> Book:
     """Inverse of pack_book."""
-    return Book(*_array(row))
+    bought, refunded, spent, expired = _array(row)
+    return Book(bought, refunded, spent, expired)
 
 
 def pack_reserve(reserve: Iterable[Held]) -> bytes:

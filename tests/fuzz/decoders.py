@@ -116,8 +116,9 @@ def _requests() -> tuple[bytes, ...]:
         ParametersRequest(),
         ParametersRequest(digest),
         IssueRequest(digest, bytes(20), 100, none),
-        ReissueRequest(digest, 0, none),
-        ReissueRequest(digest, 2, two),
+        ReissueRequest(digest, 0, None, none),
+        ReissueRequest(digest, 2, None, two),
+        ReissueRequest(digest, 2, bytes(32), two),
         LookUpRequest(digest, key, two),
         InsertRequest(digest, key, CHANCE.randbytes(BLOB_SIZE), two),
         DeleteRequest(digest, key, bytes(32), bytes(64), two),
@@ -455,7 +456,7 @@ def _disks() -> dict[str, Decoder]:
 
     def load_epoch(directory: Path) -> None:
         (directory / f"{1:08d}.secret").write_bytes(secret)
-        epoch_files.load(directory, identity())
+        epoch_files.load(directory, identity(), keep=4)
 
     state = _made("vault", _write_state)
     assert json.loads(state)
