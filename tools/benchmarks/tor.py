@@ -37,6 +37,9 @@ Times = list[tuple[float, float]]
 TOKENS = 1_000_000
 AT_ONCE = (1, 8, 16, 32)
 ROUNDS = 5
+PAUSE = 0.02
+"""Seconds between an answer and the next request where the warm pool is judged: a client makes
+proofs and journals them meanwhile. Back to back, the pool is judged by how fast it refills."""
 LONG_RUN = 2_000
 WINDOW = 200
 PATIENCE = 60.0
@@ -74,8 +77,11 @@ async def _measure(
         await cold.probe()
         without, with_pool = Times(), Times()
         for _ in range(ROUNDS):  # in turns, since others use this machine as well
-            without += await _timed("echo, no warm pool", lambda i: ask(cold, i), 25, 1, tell)
-            with_pool += await _timed("echo", lambda i: ask(bare, i), 25, 1, tell)
+            without += await _timed(
+                "echo, no warm pool", lambda i: ask(cold, i), 25, 1, tell, PAUSE
+            )
+            with_pool += await _timed("echo", lambda i: ask(bare, i), 25, 1, tell, PAUSE)
+        await _timed("echo, back to back", lambda i: ask(bare, i), 100, 1, tell)
         figures["echo_rps_16"] = _rps(await _timed("echo", lambda i: ask(bare, i), 400, 16, tell))
         figures |= await _paid(network, server, base, tell)
         long = await _timed("echo", lambda i: ask(bare, i), LONG_RUN, 16, tell)
@@ -128,7 +134,12 @@ async def _paid(
 
 
 async def _timed(
-    name: str, once: Once, count: int, at_once: int, tell: Callable[[str], None]
+    name: str,
+    once: Once,
+    count: int,
+    at_once: int,
+    tell: Callable[[str], None],
+    pause: float = 0,
 ) -> Times:
     left, done = iter(range(count)), list[tuple[float, float]]()
 
@@ -137,6 +148,7 @@ async def _timed(
             begin = time.perf_counter()
             await once(number)
             done.append((begin, time.perf_counter()))
+            await trio.sleep(pause)
 
     async with trio.open_nursery() as nursery:
         for _ in range(at_once):
