@@ -22,7 +22,9 @@ import hpkvfs.volume.volume
 import hpkvfs.wallet.journal
 from hpkvd.handler import Handler
 from hpkvd.ledger import Delete, Transaction
-from hpkvd.ledger.sqlite import SqliteLedger, _Posting
+from hpkvd.ledger.group import Group
+from hpkvd.ledger.rules import Posting
+from hpkvd.ledger.sqlite import _Rows
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.net.teller import Teller
@@ -59,83 +61,78 @@ def planted(name: str | None) -> Iterator[None]:
 @_mutation
 def _reply_not_stored() -> list[Replacement]:
     """The ledger keeps the fact of a request but not what was issued for it."""
-    record = SqliteLedger._record
+    record = _Rows.record
 
-    def forgetful(self: SqliteLedger, transaction: Transaction, fact: Fact) -> None:
+    def forgetful(self: _Rows, transaction: Transaction, fact: Fact) -> None:
         record(self, replace(transaction, issued=bytes(len(transaction.issued))), fact)
 
-    return [(SqliteLedger, "_record", forgetful)]
+    return [(_Rows, "record", forgetful)]
 
 
 @_mutation
 def _serial_not_recorded() -> list[Replacement]:
     """A spent credential can be spent by another request."""
-    record = SqliteLedger._record
+    record = _Rows.record
 
-    def careless(self: SqliteLedger, transaction: Transaction, fact: Fact) -> None:
+    def careless(self: _Rows, transaction: Transaction, fact: Fact) -> None:
         record(self, replace(transaction, serials=()), fact)
 
-    return [(SqliteLedger, "_record", careless)]
+    return [(_Rows, "record", careless)]
 
 
 @_mutation
 def _reply_before_commit() -> list[Replacement]:
     """Callers hear the verdict from memory while the disk is still writing."""
 
-    async def hasty(self: SqliteLedger, batch: list[Any]) -> bool:
-        await self._begin()
-        for waiting, verdict in zip(batch, self._write_all(batch), strict=True):
-            waiting.settle(verdict)
+    async def hasty(self: Any) -> None:
+        batch = [self._queue.popleft() for _ in range(len(self._queue))]
+        ledger = self._perform.__self__
+        await ledger._begin()
+        results = ledger._write_all([waiting.job for waiting in batch])
+        for waiting, result in zip(batch, results, strict=True):
+            waiting.result = result
+            waiting.decided.set()
         try:
-            await trio.to_thread.run_sync(self._write.execute, "COMMIT")
+            await trio.to_thread.run_sync(ledger._write.execute, "COMMIT")
         except Exception:
-            self._roll_back()
-        return True
+            ledger._roll_back()
 
-    return [(SqliteLedger, "_perform", hasty)]
+    return [(Group, "_next_batch", hasty)]
 
 
 @_mutation
 def _request_recorded_under_another_name() -> list[Replacement]:
     """A repeated request is not recognised, only that its credentials were spent."""
-    record = SqliteLedger._record
+    record = _Rows.record
 
-    def confused(self: SqliteLedger, transaction: Transaction, fact: Fact) -> None:
+    def confused(self: _Rows, transaction: Transaction, fact: Fact) -> None:
         record(self, replace(transaction, fingerprint=transaction.fingerprint[::-1]), fact)
 
-    return [(SqliteLedger, "_record", confused)]
+    return [(_Rows, "record", confused)]
 
 
 @_mutation
 def _refund_credited_twice() -> list[Replacement]:
     """The server's books count a refund once for the blob and once for its serials."""
-    add = _Posting.add
+    add = Posting.add
 
-    def generous(self: _Posting, transaction: Transaction) -> None:
+    def generous(self: Posting, transaction: Transaction) -> None:
         add(self, transaction)
         if isinstance(transaction.change, Delete):
             self.refunded += transaction.delta
             self.outstanding += transaction.delta
 
-    return [(_Posting, "add", generous)]
+    return [(Posting, "add", generous)]
 
 
 @_mutation
 def _deletion_answered_and_not_done() -> list[Replacement]:
     """A blob that was refunded stays."""
-    change = SqliteLedger._change
 
-    def lazy(self: SqliteLedger, transaction: Transaction) -> Any:
-        if not isinstance(transaction.change, Delete):
-            return change(self, transaction)
-        kept = self._write.execute(
-            "SELECT * FROM blob WHERE key = ?", (transaction.change.key,)
-        ).fetchone()
-        result = change(self, transaction)
-        self._write.execute("INSERT INTO blob VALUES (?, ?, ?, ?)", kept)
-        return result
+    def lazy(self: _Rows, key: bytes) -> None:
+        pass
 
-    return [(SqliteLedger, "_change", lazy)]
+    return [(_Rows, "delete_blob", lazy)]
 
 
 @_mutation

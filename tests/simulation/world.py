@@ -406,7 +406,10 @@ def _crashes(chance: random.Random) -> dict[Point, list[int]]:
         again = [chance.choice(passages) for _ in range(chance.randint(2, 5))]
         return {chance.choice(list(Point)): again}
     chosen = chance.sample(list(Point), chance.randint(1, 4))
-    return {point: [chance.choice(passages)] for point in chosen}
+    crashes = {point: [chance.choice(passages)] for point in chosen}
+    if chance.random() < 0.3:  # where a reply that was too quick is worse than none
+        crashes[Point.LEDGER_BEFORE] = chance.choices(passages, k=3)
+    return crashes
 
 
 def _plan(chance: random.Random) -> list[tuple[str, Any]]:

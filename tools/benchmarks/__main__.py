@@ -11,6 +11,7 @@ import json
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 BENCHMARKS = {
@@ -51,7 +52,7 @@ def _print_table(name: str, figures: dict[str, object]) -> None:
     table.add_column("figure")
     table.add_column("value", justify="right")
     for key, value in figures.items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int | float) else str(value))
+        table.add_row(key, escape(f"{value:,}" if isinstance(value, int | float) else str(value)))
     Console().print(table)
 
 
