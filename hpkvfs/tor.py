@@ -395,7 +395,10 @@ class Tor:
             reply = controller.msg("ADD_ONION " + " ".join(words))
             if not reply.is_ok():
                 _, _, text = next(iter(reply.content()))
-                raise TorError(f"tor does not publish the service: {text}")
+                raise TorError(
+                    f"tor does not publish the service: {text}",
+                    "proof of work needs tor 0.4.8, its limits 0.4.9" if "PoW" in text else "",
+                )
             return str(reply).partition("ServiceID=")[2].split()[0]
 
         try:

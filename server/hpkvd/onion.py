@@ -28,12 +28,30 @@ LONGEST_PAUSE: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Which tor publishes it (see tor.parse_where), where an owned one keeps its state, and
-    whether clients are asked for proof of work while too many come: that costs nothing else."""
+    """Which tor publishes it (see tor.parse_where), where an owned one keeps its state, and what
+    bounds who comes: words of ADD_ONION (see `limits`)."""
 
     where: Endpoint | str
     data: Path
-    proof_of_work: bool = True
+    limits: tuple[str, ...] = ()
+
+
+def limits(*, proof_of_work: bool, rate: int, burst: int, max_streams: int) -> tuple[str, ...]:
+    """Words of ADD_ONION; ValueError if burst < rate, which tor refuses.
+
+    proof_of_work: clients work while more come than are let in, `rate` a second after a first
+    `burst`; max_streams: connections at a time on one circuit, 0 for any number. A client of ours
+    has one; more are somebody who would have many for the work of one.
+
+    tor's limits at the introduction points (HiddenServiceEnableIntroDoSDefense) are not among
+    them: ADD_ONION does not take them, and they refuse at random, those who work like the others.
+    """
+    if burst < rate:
+        raise ValueError(f"a burst of {burst} is less than the {rate} of each second")
+    words = [f"MaxStreams={max_streams}"] if max_streams else []
+    if proof_of_work:
+        words += ["PoWDefensesEnabled=1", f"PoWQueueRate={rate}", f"PoWQueueBurst={burst}"]
+    return tuple(words)
 
 
 async def publish(
@@ -43,7 +61,7 @@ async def publish(
     announce: Callable[[str], None],
 ) -> None:
     """Keep it published until cancelled; `announce` is told `....onion:PORT` once it first is."""
-    onion = Onion(PORT, _target(listening), _key(identity), _options(service))
+    onion = Onion(PORT, _target(listening), _key(identity), service.limits)
     async with tor.running(service.where, service.data, tell=_tell) as running:
         announce(f"{await _published(running, onion)}:{PORT}")
         await trio.sleep_forever()
@@ -55,7 +73,8 @@ async def _published(running: Tor, onion: Onion) -> str:
         try:
             return await running.publish(onion)
         except TorError as error:
-            log.tell(f"the onion service is not published yet: {error.message}")
+            hint = f"; {error.hint}" if error.hint else ""
+            log.tell(f"the onion service is not published yet: {error.message}{hint}")
         await trio.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -66,10 +85,6 @@ def _tell(phase: str) -> None:
 
 def _key(identity: Identity) -> str:
     return f"ED25519-V3:{base64.b64encode(identity.expanded()).decode()}"
-
-
-def _options(service: Service) -> tuple[str, ...]:
-    return ("PoWDefensesEnabled=1",) if service.proof_of_work else ()
 
 
 def _target(listening: socket.socket) -> str:

@@ -60,16 +60,18 @@ def publish(network: Network, port: int, identity: Identity) -> str:
 
 
 class OnionServer(Server):
-    """hpkvd where the network's TCP is, behind an onion address."""
+    """hpkvd where the network's TCP is; it publishes itself at the service's tor."""
 
     def __init__(self, network: Network, data: Path) -> None:
         self._network = network
         super().__init__(data)
-        port = int(self.address.rpartition(":")[2])
-        self.onion = publish(network, port, identities.load(data / IDENTITY))
+        self.identity = identities.load(data / IDENTITY)
+        assert self.onion == f"{onion_host(self.identity.public)}:{PORT}"
 
     def start(self) -> None:
-        arguments = ("serve", "--data", self.data, "--listen", self.address)
+        """Return when it is published."""
+        arguments = ["serve", "--data", self.data, "--listen", self.address]
+        arguments += ["--onion", "--tor", self._network.control("service")]
         self.process = subprocess.Popen(
             self._network.inside(command("hpkvd", *arguments)),
             env=ENVIRONMENT,
@@ -77,8 +79,10 @@ class OnionServer(Server):
             text=True,
         )
         assert self.process.stdout is not None
-        self.address = self.process.stdout.readline().strip().rpartition(" ")[2]
-        assert self.address, "the server did not start"
+        told = [self.process.stdout.readline().strip() for _ in range(2)]
+        said = dict(line.removeprefix("hpkvd: ").rsplit(" ", 1) for line in told if line)
+        self.address = said["listening on"]
+        self.onion = said["onion service at"]
 
 
 @dataclass

@@ -7,6 +7,7 @@ import json
 import random
 import secrets
 import shutil
+import socket
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,9 +23,13 @@ from hpkvfs.address import Address
 from hpkvfs.net.circuits import Circuits, TorSettings
 from hpkvfs.net.transport import exchange
 from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
+from hpkvfs.protocol.errors import Malformed
+from hpkvfs.protocol.identity import Identity
+from hpkvfs.protocol.messages import Parameters, ParametersRequest, decode_reply
 from tests.mounted.client import ENVIRONMENT, command, eventually, tree
+from tests.server.support import read_all
 from tests.tor.network import Namespace, Network
-from tests.tor.parties import OnionClient, OnionServer, Saboteur, echo
+from tests.tor.parties import PORT, OnionClient, OnionServer, Saboteur, echo, publish
 
 NOWHERE = Path("/nonexistent")
 REQUESTS = 40
@@ -35,8 +40,10 @@ REQUESTS = 40
 
 @dataclass
 class Witness:
-    """What the control ports of client and service tell."""
+    """What the control ports of client and service tell of one onion address, which is this
+    test's alone: what another test left behind ends whenever it likes."""
 
+    onion: str
     streams: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     logins: dict[str, str] = field(default_factory=dict)
     joined: set[str] = field(default_factory=set)
@@ -47,19 +54,19 @@ class Witness:
         return {circuit for circuits in self.streams.values() for circuit in circuits}
 
     def see_stream(self, event: Any) -> None:
-        if event.target_address.endswith(".onion") and event.circ_id:
+        if event.target_address == self.onion and event.circ_id:
             self.streams[event.id].add(event.circ_id)
             self.logins[event.id] = event.keyword_args["SOCKS_USERNAME"]
 
     def see_circuit(self, event: Any) -> None:
-        ended = getattr(event, "status", "") in ("CLOSED", "FAILED")  # of an earlier test
-        if event.hs_state == "HSSR_JOINED" and not ended:
+        ours = f"{event.rend_query}.onion" == self.onion
+        if event.hs_state == "HSSR_JOINED" and ours:
             self.joined.add(event.id)
 
 
 @contextlib.contextmanager
-def watching(network: Network) -> Iterator[Witness]:
-    witness = Witness()
+def watching(network: Network, onion: str) -> Iterator[Witness]:
+    witness = Witness(onion)
     with network.controller("client") as client, network.controller("service") as service:
         client.add_event_listener(witness.see_stream, "STREAM")
         service.add_event_listener(witness.see_circuit, "CIRC", "CIRC_MINOR")
@@ -83,7 +90,7 @@ async def ask(way: Circuits, count: int, at_once: int) -> None:
             nursery.start_soon(asker)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def echoing(network: Network) -> Iterator[str]:
     with echo(network) as onion:
         yield onion
@@ -94,11 +101,11 @@ async def test_each_request_has_a_circuit_that_nothing_else_uses(
     network: Network, echoing: str, warm: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    with watching(network) as seen:
+    with watching(network, echoing) as seen:
         way = circuits(network, echoing, warm=warm)
         async with way.running():
             await ask(way, REQUESTS, 8)
-            await until(lambda: not way.making)
+            await until(lambda: not way.making and len(seen.streams) >= REQUESTS + way.ready)
             made_ahead = way.ready
         await until(lambda: len(seen.joined) >= len(seen.streams) > 0)
     if warm:  # also those that were made ahead and not used in the end
@@ -117,10 +124,11 @@ async def test_with_a_shared_login_it_is_one_circuit(network: Network, echoing: 
 
     settings = TorSettings(network.control("client"), NOWHERE)
     way = Circuits(Address.parse(echoing), settings, lambda size: bytes(size), warm=False)
-    with watching(network) as seen:
+    with watching(network, echoing) as seen:
         async with way.running():
             for _ in range(REQUESTS // 4):
                 await way.probe()  # which leaves the connection open
+            await until(lambda: seen.joined and len(seen.streams) >= REQUESTS // 4)
     assert len(seen.streams) == REQUESTS // 4
     assert len(seen.circuits) == len(seen.joined) == 1
 
@@ -183,9 +191,6 @@ def test_a_tor_of_our_own_is_started_and_ends_with_us(
     assert not (data / "port").exists()  # tor removes it as the last thing it does
 
 
-# -- the first end to end, over Tor --------------------------------------------------------------
-
-
 @pytest.fixture
 def server(network: Network, tmp_path: Path) -> Iterator[OnionServer]:
     server = OnionServer(network, tmp_path / "server")
@@ -218,6 +223,62 @@ def client(network: Network, cut_off: Namespace | None, tmp_path: Path) -> Itera
     )
     yield client
     client.discard()
+
+
+# -- hpkvd publishes itself ------------------------------------------------------------------------
+
+
+def told(network: Network, host: str) -> Parameters | None:
+    """What the server behind an onion address says of its epochs; None if it is not reached."""
+    user = secrets.token_hex(16).encode()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
+        stream.settimeout(20)
+        try:
+            stream.connect(str(network.socks))
+            stream.sendall(b"\5\1\2")
+            assert stream.recv(2) == b"\5\2"
+            stream.sendall(b"\1" + 2 * (bytes([len(user)]) + user))
+            assert stream.recv(2) == b"\1\0"
+            name = host.encode()
+            stream.sendall(b"\5\1\0\3" + bytes([len(name)]) + name + PORT.to_bytes(2, "big"))
+            code, kind = stream.recv(4)[1::2]
+            stream.recv(16 + 2 if kind == 4 else 4 + 2)  # the address and port it is bound to
+            if code:
+                return None
+            stream.sendall(ParametersRequest().encode())
+            reply = decode_reply(read_all(stream)[:REPLY_SIZE])
+        except (OSError, Malformed):
+            return None
+    assert isinstance(reply, Parameters)
+    return reply
+
+
+def test_a_server_publishes_its_identity_and_again_when_tor_was_killed(
+    network: Network, server: OnionServer
+) -> None:
+    host = server.onion.removesuffix(f":{PORT}")
+    reply = told(network, host)
+    assert reply is not None and reply.is_genuine
+    assert reply.identity == server.identity.public
+    network.kill("service")
+    network.start("service")
+    network.wait_until_up("service")
+    eventually(lambda: told(network, host) == reply, "it to be reached again", 60)
+
+
+def test_a_client_refuses_a_server_whose_identity_is_not_its_address(
+    network: Network, server: OnionServer, client: OnionClient
+) -> None:
+    """Who publishes another's server under an address of his own signs nothing with its key."""
+    port = int(server.address.rpartition(":")[2])
+    impostor = publish(network, port, Identity(secrets.token_bytes(32)))
+    client.run("init", "--server", impostor, "--no-password", "--words-file", client.words)
+    done = client.run("redeem", "-", stdin=server.voucher(100), code=5)
+    assert "the server's parameters are signed by another identity" in done.stderr
+    assert server.status()["vouchers"]["unspent"] == 1
+
+
+# -- the first end to end, over Tor --------------------------------------------------------------
 
 
 def make_files(directory: Path, count: int) -> None:
@@ -300,7 +361,8 @@ def _is_published(client: OnionClient) -> bool:
 def test_a_copy_survives_whatever_happens_to_tor_and_the_server(
     network: Network, server: OnionServer, client: OnionClient, tmp_path: Path
 ) -> None:
-    """tor killed, the server killed, a fifth of the connections refused: all gets there once."""
+    """Both tors killed, the server killed, a fifth of the connections refused: all gets there
+    once."""
     source = tmp_path / "source"
     source.mkdir()
     make_files(source, 120)
@@ -314,10 +376,11 @@ def test_a_copy_survives_whatever_happens_to_tor_and_the_server(
         (client.directory / "while-the-server-is-down").write_bytes(b"x" * 20_000)
         server.start()
         client.run("sync")
-    network.kill("client")
-    (client.directory / "while-tor-is-down").write_bytes(b"y" * 20_000)
-    network.start("client")
-    network.wait_until_up("client")
+    for name in ("client", "service"):
+        network.kill(name)
+        (client.directory / f"while-the-{name}s-tor-is-down").write_bytes(b"y" * 20_000)
+        network.start(name)
+        network.wait_until_up(name)
     later = Saboteur(network, 0.2, seed=4)
     with later.at_work():
         shutil.copytree(source, client.directory / "second")

@@ -67,6 +67,27 @@ from hpkvfs import tor
     help="Ask clients for proof of work while too many come (the onion service).",
 )
 @click.option(
+    "--pow-rate",
+    type=click.IntRange(1, 2**31 - 1),
+    default=250,
+    show_default=True,
+    help="With --pow: requests a second that are let in; those that did most work first.",
+)
+@click.option(
+    "--pow-burst",
+    type=click.IntRange(1, 2**31 - 1),
+    default=2500,
+    show_default=True,
+    help="With --pow: requests that are let in at once.",
+)
+@click.option(
+    "--max-streams",
+    type=click.IntRange(0, 65_535),
+    default=1,
+    show_default=True,
+    help="Connections at a time on one Tor circuit; clients have one. 0: any number.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(0),
     metavar="N",
@@ -83,6 +104,9 @@ def serve(
     onion: bool,
     where: str,
     proof_of_work: bool,
+    pow_rate: int,
+    pow_burst: int,
+    max_streams: int,
     workers: int | None,
     metrics: str | None,
     ready_fd: int | None,
@@ -98,7 +122,8 @@ def serve(
         os.environ["HPKVD_LEDGER"] = ledger  # for the workers; not in their command lines
     _look_over(data, config, ledger)
     page_address = _metrics_address(metrics or config.metrics)
-    service = _service(data, where, proof_of_work) if onion else None
+    bounds = _limits(proof_of_work, pow_rate, pow_burst, max_streams)
+    service = _service(data, where, bounds) if onion else None
     sockets = systemd.take_sockets() or _bind(listen or config.listen)
     publishing = partial(_publish, data, service, sockets[0])
     announce = partial(_announce, ready_fd, serving.name(sockets[0]))
@@ -110,9 +135,18 @@ def serve(
     log.tell("stopped")
 
 
-def _service(data: Path, where: str, proof_of_work: bool) -> onion_service.Service:
+def _limits(proof_of_work: bool, rate: int, burst: int, max_streams: int) -> tuple[str, ...]:
     try:
-        return onion_service.Service(tor.parse_where(where), data / "tor", proof_of_work)
+        return onion_service.limits(
+            proof_of_work=proof_of_work, rate=rate, burst=burst, max_streams=max_streams
+        )
+    except ValueError as error:
+        raise click.UsageError(f"{error}; give --pow-rate and --pow-burst together") from error
+
+
+def _service(data: Path, where: str, bounds: tuple[str, ...]) -> onion_service.Service:
+    try:
+        return onion_service.Service(tor.parse_where(where), data / "tor", bounds)
     except ValueError as error:
         raise click.UsageError(f"{error}; write auto, own, a control port or a socket") from error
 
@@ -127,6 +161,10 @@ async def _publish(
 
 def _announce_onion(address: str) -> None:
     click.echo(f"hpkvd: onion service at {address}")
+    if sys.stdout.isatty():
+        import segno
+
+        segno.make(address, error="l", micro=False).terminal(sys.stdout, border=2, compact=True)
     sys.stdout.flush()
 
 

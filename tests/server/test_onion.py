@@ -1,0 +1,51 @@
+"""What `hpkvd serve --onion` tells and what it asks of tor; tests/tor has it published."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpkvd.commands.serve import _announce_onion
+from hpkvd.onion import limits
+from tests.server.support import hpkvd
+
+ADDRESS = f"{'a' * 56}.onion:7387"
+LINE = f"hpkvd: onion service at {ADDRESS}\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_shown_the_address_as_a_qr_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", Terminal())
+    _announce_onion(ADDRESS)
+    assert isinstance(sys.stdout, Terminal)
+    first, *code = sys.stdout.getvalue().splitlines(keepends=True)
+    assert first == LINE
+    assert len(code) > 15 and all(set(line) <= set(" ▄▀█\n") for line in code)
+    assert max(map(len, code)) < 80
+
+
+def test_what_is_no_terminal_is_told_the_line_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    _announce_onion(ADDRESS)
+    assert capsys.readouterr().out == LINE
+
+
+def test_the_limits_are_words_of_add_onion() -> None:
+    assert limits(proof_of_work=True, rate=5, burst=7, max_streams=1) == (
+        "MaxStreams=1", "PoWDefensesEnabled=1", "PoWQueueRate=5", "PoWQueueBurst=7",
+    )  # fmt: skip
+    assert limits(proof_of_work=False, rate=5, burst=7, max_streams=0) == ()
+
+
+def test_a_burst_below_the_rate_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert hpkvd("init", data=data).returncode == 0
+    done = hpkvd("serve", "--onion", "--pow-rate", "9", "--pow-burst", "8", data=data)
+    assert done.returncode == 2
+    assert "a burst of 8 is less than the 9 of each second" in done.stderr
