@@ -27,6 +27,10 @@ class Thing:
     def is_dir(self) -> bool:
         return stat.S_ISDIR(self.mode)
 
+    def lend_no_rights(self) -> None:
+        """What was written to runs as whoever runs it."""
+        self.mode &= ~stat.S_ISUID
+
 
 class Model:
     """Paths are tuples of names."""
@@ -123,11 +127,13 @@ class Model:
             file.data.extend(bytes(offset - len(file.data)))
         if data:
             file.data[offset : offset + len(data)] = data
+            file.lend_no_rights()
 
     def truncate(self, path: tuple[bytes, ...], size: int) -> None:
         file = self._file(path)
         del file.data[size:]
         file.data.extend(bytes(size - len(file.data)))
+        file.lend_no_rights()
 
     def _file(self, path: tuple[bytes, ...]) -> Thing:
         thing = self.at(path)

@@ -456,7 +456,7 @@ def test_a_server_that_was_rolled_back_is_noticed(own_server: Server, own_vault:
         path.write_bytes(content)
     own_server.start()
     done = own_vault.run("mount", own_vault.directory, code=5)
-    assert "confirmed before" in done.stderr
+    assert "existed before" in done.stderr
     own_vault.mount("--read-only")
     assert (own_vault.directory / "file").read_text() == "new"
     own_vault.umount()
