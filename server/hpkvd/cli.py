@@ -30,6 +30,7 @@ from hpkvd.commands import (
     open_ledger,
 )
 from hpkvd.commands.care import backup, check, income, migrate, restore
+from hpkvd.commands.plan import plan
 from hpkvd.commands.serve import serve, worker
 from hpkvd.config import Config
 from hpkvd.ledger import Totals, urls
@@ -49,7 +50,7 @@ def main() -> None:
     os.umask(0o077)
 
 
-for _command in (serve, worker, check, backup, restore, migrate, income):
+for _command in (serve, worker, check, backup, restore, migrate, income, plan):
     main.add_command(_command)
 
 

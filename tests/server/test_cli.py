@@ -192,7 +192,7 @@ def test_without_its_identity_a_server_does_not_start(data: Path, content: bytes
     assert "identity" in result.output and "backup" in result.output
 
 
-@pytest.mark.parametrize("command", ["init", "serve", "voucher", "status"])
+@pytest.mark.parametrize("command", ["init", "serve", "voucher", "status", "plan"])
 def test_help_has_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
