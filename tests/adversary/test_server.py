@@ -34,6 +34,7 @@ from hpkvfs.protocol.messages import (
     Request,
 )
 from hpkvfs.protocol.tariff import Operation
+from hpkvfs.session import Session
 from hpkvfs.types import BlobId, Generation
 from tests.adversary.vault import Vault, read, vault
 from tests.fs.play import Tree, play, tree
@@ -52,6 +53,12 @@ async def tree_of(vault: Vault, machine: str = "first") -> Tree:
     async with vault.session(machine) as session:
         await session.connect()
         return await tree(session)
+
+
+async def publish_more(session: Session) -> None:
+    """One more generation."""
+    await play(session, LATER)
+    await session.publish()
 
 
 def without_cache(vault: Vault) -> None:
@@ -149,8 +156,7 @@ async def test_the_newest_anchor_withheld(cheated: Vault) -> None:
     """From a client with local state it cannot be hidden."""
     async with cheated.session() as session:
         await session.connect()
-        await play(session, LATER)
-        await session.publish()
+        await publish_more(session)
     expected = await tree_of(cheated)
     hidden = cheated.anchor_key(1)
 
@@ -172,8 +178,7 @@ async def test_an_older_anchor_in_its_place(cheated: Vault) -> None:
     async with cheated.session() as session:
         await session.connect()
         older = await cheated.world.ledger.read(cheated.anchor_key(0))
-        await play(session, LATER)
-        await session.publish()
+        await publish_more(session)
     expected = await tree_of(cheated)
 
     def lie(request: Request, reply: Reply) -> Reply | None:
@@ -194,8 +199,7 @@ async def test_a_generation_that_existed_and_is_withheld_from_the_words(cheated:
     async with cheated.session() as session:
         await session.connect()
         for _ in range(2):
-            await play(session, LATER)
-            await session.publish()
+            await publish_more(session)
     expected = await tree_of(cheated)
 
     def lie(request: Request, reply: Reply) -> Reply | None:
@@ -285,8 +289,7 @@ async def test_credentials_that_are_not_what_was_paid_for(
 async def test_a_smaller_refund(cheated: Vault) -> None:
     async with cheated.session() as session:
         await session.connect()
-        await play(session, LATER)
-        await session.publish()
+        await publish_more(session)
     expected = await tree_of(cheated)
 
     def lie(request: Request, reply: Reply) -> Reply | None:
@@ -310,8 +313,7 @@ async def test_a_refused_refund_for_what_was_deleted(cheated: Vault) -> None:
     """It deletes, keeps the refund, and says there was nothing."""
     async with cheated.session() as session:
         await session.connect()
-        await play(session, LATER)
-        await session.publish()
+        await publish_more(session)
     expected = await tree_of(cheated)
 
     def lie(request: Request, reply: Reply) -> Reply | None:
@@ -407,8 +409,7 @@ async def test_a_server_put_back_to_yesterday(cheated: Vault) -> None:
     charged = world.ledger.totals().charged
     async with cheated.session() as session:
         await session.connect()
-        await play(session, LATER)
-        await session.publish()
+        await publish_more(session)
         expected = await tree(session)
     stale = SqliteLedger(before, reserve=0)
     async with stale.serving():

@@ -1,17 +1,27 @@
-"""One PostgreSQL for all tests of a process."""
+"""What several rooms of tests here begin with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.server.postgres import Cluster
+from tests.server.support import LocalServer, local_server
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
+    """One PostgreSQL for all tests of a process."""
     with Cluster() as cluster:
         cluster.make()
         cluster.start()
         yield cluster
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[LocalServer]:
+    """A handler with a ledger of its own, in this process."""
+    async with local_server(tmp_path / "ledger.sqlite") as server:
+        yield server

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import trio
@@ -14,7 +12,6 @@ from hpkvfs.protocol.messages import UNOPENED, Done, Entry, Outcome, Reason, Ref
 from tests.server.support import (
     LocalServer,
     Purse,
-    local_server,
     new_key,
     new_value,
     open_entry,
@@ -27,12 +24,6 @@ HOURS = 72
 
 def digest(value: bytes) -> bytes:
     return hashlib.sha256(value).digest()
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[LocalServer]:
-    async with local_server(tmp_path / "ledger.sqlite") as server:
-        yield server
 
 
 @pytest.fixture

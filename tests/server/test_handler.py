@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,12 +45,6 @@ from tests.server.support import (
 KEY = new_key()
 BLOB = new_blob()
 DIGEST = hashlib.sha256(BLOB).digest()
-
-
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[LocalServer]:
-    async with local_server(tmp_path / "ledger.sqlite") as server:
-        yield server
 
 
 @pytest.fixture
