@@ -595,10 +595,7 @@ def _check_mounted_on(settings: Settings, directory: Path) -> None:
 @json_option
 @pass_settings
 def sync(settings: Settings, as_json: bool) -> None:
-    """Publish all changes so far, and return when they are at the server.
-
-    Also what programs wrote to files that they still have open.
-    """
+    """Publish all changes so far, and return when they are at the server."""
     result = settings.perform("sync", {}, "publishing")
     show(result, as_json, lambda r: f"generation {r['generation']} is at the server")
 

@@ -113,10 +113,7 @@ class Commands:
         }
 
     async def _sync(self, arguments: Arguments, progress: Progress) -> Result:
-        try:
-            await self.session.pull()
-        finally:
-            await self.session.publish(progress)
+        await self.session.publish(progress)
         return {"generation": self.session.status()["generation"]}
 
     async def _gc(self, arguments: Arguments, progress: Progress) -> Result:

@@ -82,11 +82,10 @@ class TorSettings:
             raise UserError(
                 str(error), "write auto, own, a control port, or the path of a control socket"
             ) from None
-        torrc = data / "torrc"
         try:
-            more = torrc.read_text() if torrc.exists() else ""
-        except (OSError, UnicodeDecodeError):
-            raise UserError(f"can't read {torrc}", "it has further settings for tor") from None
+            more = tor.further_settings(data)
+        except TorError as error:
+            raise UserError(error.message, error.hint) from None
         return cls(found, data, password, more, tell)
 
 

@@ -1,13 +1,12 @@
 """The server's onion service: published at a tor, found or started, for as long as it serves.
 
 The service's key is the server's identity, so its address says who may sign its parameters.
-hpkvfs/tor.py keeps tor up, or waits for it, and publishes the service again whenever it comes back;
+hpkvfs/tor keeps tor up, or waits for it, and publishes the service again whenever it comes back;
 what is here asks for the first publication until it succeeds, with pauses that grow.
 """
 
 from __future__ import annotations
 
-import base64
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import trio
 from hpkvd import log
 from hpkvfs import tor
 from hpkvfs.protocol.identity import Identity
-from hpkvfs.tor import Endpoint, Onion, Tor, TorError
+from hpkvfs.tor import Endpoint, Limits, Onion, Tor, TorError
 
 PORT: Final = 7387
 FIRST_PAUSE: Final = 1.0
@@ -28,30 +27,13 @@ LONGEST_PAUSE: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Which tor publishes it (see tor.parse_where), where an owned one keeps its state, and what
-    bounds who comes: words of ADD_ONION (see `limits`)."""
+    """Which tor publishes it (see tor.parse_where), where an owned one keeps its state and what
+    else it is told (see tor.further_settings), and what bounds who comes."""
 
     where: Endpoint | str
     data: Path
-    limits: tuple[str, ...] = ()
-
-
-def limits(*, proof_of_work: bool, rate: int, burst: int, max_streams: int) -> tuple[str, ...]:
-    """Words of ADD_ONION; ValueError if burst < rate, which tor refuses.
-
-    proof_of_work: clients work while more come than are let in, `rate` a second after a first
-    `burst`; max_streams: connections at a time on one circuit, 0 for any number. A client of ours
-    has one; more are somebody who would have many for the work of one.
-
-    tor's limits at the introduction points (HiddenServiceEnableIntroDoSDefense) are not among
-    them: ADD_ONION does not take them, and they refuse at random, those who work like the others.
-    """
-    if burst < rate:
-        raise ValueError(f"a burst of {burst} is less than the {rate} of each second")
-    words = [f"MaxStreams={max_streams}"] if max_streams else []
-    if proof_of_work:
-        words += ["PoWDefensesEnabled=1", f"PoWQueueRate={rate}", f"PoWQueueBurst={burst}"]
-    return tuple(words)
+    limits: Limits
+    more: str = ""
 
 
 async def publish(
@@ -61,8 +43,8 @@ async def publish(
     announce: Callable[[str], None],
 ) -> None:
     """Keep it published until cancelled; `announce` is told `....onion:PORT` once it first is."""
-    onion = Onion(PORT, _target(listening), _key(identity), service.limits)
-    async with tor.running(service.where, service.data, tell=_tell) as running:
+    onion = Onion(PORT, _target(listening), identity.expanded(), service.limits)
+    async with tor.running(service.where, service.data, more=service.more, tell=_tell) as running:
         announce(f"{await _published(running, onion)}:{PORT}")
         await trio.sleep_forever()
 
@@ -81,10 +63,6 @@ async def _published(running: Tor, onion: Onion) -> str:
 
 def _tell(phase: str) -> None:
     log.tell(f"tor: {phase}")
-
-
-def _key(identity: Identity) -> str:
-    return f"ED25519-V3:{base64.b64encode(identity.expanded()).decode()}"
 
 
 def _target(listening: socket.socket) -> str:

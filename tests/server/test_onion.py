@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from hpkvd.commands.serve import _announce_onion
-from hpkvd.onion import limits
 from tests.server.support import hpkvd
 
 ADDRESS = f"{'a' * 56}.onion:7387"
@@ -36,16 +35,17 @@ def test_what_is_no_terminal_is_told_the_line_alone(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == LINE
 
 
-def test_the_limits_are_words_of_add_onion() -> None:
-    assert limits(proof_of_work=True, rate=5, burst=7, max_streams=1) == (
-        "MaxStreams=1", "PoWDefensesEnabled=1", "PoWQueueRate=5", "PoWQueueBurst=7",
-    )  # fmt: skip
-    assert limits(proof_of_work=False, rate=5, burst=7, max_streams=0) == ()
-
-
 def test_a_burst_below_the_rate_is_refused_in_one_sentence(tmp_path: Path) -> None:
     data = tmp_path / "data"
     assert hpkvd("init", data=data).returncode == 0
     done = hpkvd("serve", "--onion", "--pow-rate", "9", "--pow-burst", "8", data=data)
     assert done.returncode == 2
     assert "a burst of 8 is less than the 9 of each second" in done.stderr
+
+
+def test_a_tor_that_can_not_limit_introductions_is_refused_at_once(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert hpkvd("init", data=data).returncode == 0
+    done = hpkvd("serve", "--onion", "--tor", "9051", "--intro-rate", "9", data=data)
+    assert done.returncode == 2
+    assert "--intro-rate takes a tor of our own: give --tor own" in done.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import secrets
 import signal
 import subprocess
@@ -15,6 +13,7 @@ import click
 import trio
 
 from hpkvfs import tor
+from hpkvfs.protocol.identity import Identity
 from tests.tor.network import Network, private_network
 
 ECHO = "import socket,sys\ns=socket.create_server(('127.0.0.1',0));print(s.getsockname()[1],flush=True)\nwhile 1:\n c,_=s.accept();c.sendall(c.recv(4096));c.close()"  # noqa: E501
@@ -67,7 +66,7 @@ async def _check(network: Network) -> None:
         assert echo.stdout is not None
         port = int(echo.stdout.readline())
         async with tor.running(network.control("service"), Path("/nonexistent")) as service:
-            onion = tor.Onion(80, f"127.0.0.1:{port}", onion_key())
+            onion = tor.Onion(80, f"127.0.0.1:{port}", Identity(secrets.token_bytes(32)).expanded())
             name = await service.publish(onion)
             stream = await trio.open_unix_socket(str(network.socks))
             await stream.send_all(b"\5\1\0")
@@ -83,14 +82,6 @@ async def _check(network: Network) -> None:
     finally:
         echo.kill()
         echo.communicate()
-
-
-def onion_key() -> str:
-    """A new ed25519 key, expanded as ADD_ONION wants it (RFC 8032, 5.1.5)."""
-    expanded = bytearray(hashlib.sha512(secrets.token_bytes(32)).digest())
-    expanded[0] &= 248
-    expanded[31] = expanded[31] & 63 | 64
-    return f"ED25519-V3:{base64.b64encode(expanded).decode()}"
 
 
 if __name__ == "__main__":

@@ -151,11 +151,12 @@ class Network:
         return self.base / "client" / "socks"
 
     @contextlib.contextmanager
-    def controller(self, name: str) -> Iterator[Controller]:
-        """An authenticated control connection; OSError, stem.ControllerError."""
+    def controller(self, name: str | Path) -> Iterator[Controller]:
+        """An authenticated control connection, also to a socket; OSError, stem.ControllerError."""
+        path = str(name if isinstance(name, Path) else self.control(name))
         with socket.socket(socket.AF_UNIX) as probe:  # stem leaks one that can't be connected
-            probe.connect(str(self.control(name)))
-        with Controller.from_socket_file(str(self.control(name))) as controller:
+            probe.connect(path)
+        with Controller.from_socket_file(path) as controller:
             controller.authenticate()
             yield controller
 
@@ -163,6 +164,13 @@ class Network:
         """What of a process's settings makes it one of this network."""
         lines = self._torrc(name).read_text().splitlines(keepends=True)
         return "".join(line for line in lines if line.split()[0] in _SHARED)
+
+    def prepare(self, data: Path, more: str = "") -> None:
+        """Have a tor that somebody owns, with its state in `data`, be one of this network."""
+        data.mkdir(mode=0o700, exist_ok=True)
+        (data / "torrc").write_text(self.settings("client") + more)
+        for file in CACHED:
+            shutil.copy(self.base / "a0" / file, data / file)
 
     def start(self, name: str) -> None:
         """Start one of the processes, or start it again."""

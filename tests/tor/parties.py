@@ -60,20 +60,30 @@ def publish(network: Network, port: int, identity: Identity) -> str:
 
 
 class OnionServer(Server):
-    """hpkvd where the network's TCP is; it publishes itself at the service's tor."""
+    """hpkvd where the network's TCP is; it publishes itself at the service's tor, or, with
+    `--tor own` among the options, at one of its own."""
 
-    def __init__(self, network: Network, data: Path) -> None:
+    def __init__(self, network: Network, data: Path, *options: str) -> None:
         self._network = network
+        self.options = options
         super().__init__(data)
         self.identity = identities.load(data / IDENTITY)
         assert self.onion == f"{onion_host(self.identity.public)}:{PORT}"
 
+    @property
+    def control(self) -> Path:
+        """The control socket of a tor of its own."""
+        return self.data / "tor" / "control"
+
     def start(self) -> None:
         """Return when it is published."""
-        arguments = ["serve", "--data", self.data, "--listen", self.address]
-        arguments += ["--onion", "--tor", self._network.control("service")]
+        arguments = ["serve", "--data", self.data, "--listen", self.address, "--onion"]
+        if "own" in self.options:
+            self._network.prepare(self.data / "tor", f"ControlSocket {self.control}\n")
+        else:
+            arguments += ["--tor", self._network.control("service")]
         self.process = subprocess.Popen(
-            self._network.inside(command("hpkvd", *arguments)),
+            self._network.inside(command("hpkvd", *arguments, *self.options)),
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             text=True,

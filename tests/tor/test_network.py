@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import secrets
 import shutil
@@ -20,6 +21,7 @@ import trio
 
 from hpkvfs import tor
 from hpkvfs.address import Address
+from hpkvfs.errors import Unreachable
 from hpkvfs.net.circuits import Circuits, TorSettings
 from hpkvfs.net.transport import exchange
 from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
@@ -33,6 +35,7 @@ from tests.tor.parties import PORT, OnionClient, OnionServer, Saboteur, echo, pu
 
 NOWHERE = Path("/nonexistent")
 REQUESTS = 40
+FLOOD, FLOOD_SECONDS = 60, 5.0
 
 
 # -- one circuit for each request, seen from both sides ----------------------------------------
@@ -178,8 +181,7 @@ def test_a_tor_of_our_own_is_started_and_ends_with_us(
 ) -> None:
     """Its further settings, here those of the private network, are read from `torrc`."""
     data = tmp_path / "tor"
-    data.mkdir(mode=0o700)
-    (data / "torrc").write_text(network.settings("client"))
+    network.prepare(data)
     line = network.inside(command("tests.tor.owner", data, echoing))
     done = subprocess.run(
         line, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=True
@@ -264,6 +266,50 @@ def test_a_server_publishes_its_identity_and_again_when_tor_was_killed(
     network.start("service")
     network.wait_until_up("service")
     eventually(lambda: told(network, host) == reply, "it to be reached again", 60)
+
+
+async def flood(way: Circuits) -> float:
+    """The share of FLOOD requests that come at once and are answered."""
+    answered = 0
+
+    async def one() -> None:
+        nonlocal answered
+        with contextlib.suppress(Unreachable):
+            await exchange(way, ParametersRequest().encode(), FLOOD_SECONDS)
+            answered += 1
+
+    async with way.running():
+        await trio.sleep(0)
+        async with trio.open_nursery() as nursery:
+            for _ in range(FLOOD):
+                nursery.start_soon(one)
+    return answered / FLOOD
+
+
+async def test_introductions_are_limited_by_a_tor_of_its_own(
+    network: Network, server: OnionServer, tmp_path: Path
+) -> None:
+    """At each of three introduction points two a second, after a first four: of a flood few are
+    answered. The negative control is the same server, under the same address, without limit."""
+    host = server.onion.removesuffix(f":{PORT}")
+    assert await flood(circuits(network, host, warm=False)) == 1
+    server.stop()
+    server.options = ("--tor", "own", "--intro-rate", "2", "--intro-burst", "4")
+    await trio.to_thread.run_sync(server.start)
+    assert server.onion == f"{host}:{PORT}"
+    with network.controller(server.control) as controller:
+        options = str(controller.msg("GETCONF HiddenServiceOptions")).splitlines()
+    assert {
+        "HiddenServiceEnableIntroDoSDefense=1",
+        "HiddenServiceEnableIntroDoSRatePerSec=2",
+        "HiddenServiceEnableIntroDoSBurstPerSec=4",
+        "HiddenServicePoWDefensesEnabled=1",
+        "HiddenServiceMaxStreams=1",
+    } <= set(options)
+    await trio.to_thread.run_sync(eventually, lambda: told(network, host), "it to be reached", 60)
+    start = trio.current_time()
+    share = await flood(circuits(network, host, warm=False))
+    assert share * FLOOD <= 3 * (4 + 2 * math.ceil(trio.current_time() - start))
 
 
 def test_a_client_refuses_a_server_whose_identity_is_not_its_address(

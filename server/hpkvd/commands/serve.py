@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import click
 import trio
@@ -37,6 +38,12 @@ from hpkvd.metrics import Board, Meter
 from hpkvd.serving import Address
 from hpkvd.supervisor import Channel, Supervisor
 from hpkvfs import tor
+from hpkvfs.tor import Limits, Throttle
+
+INTRODUCTIONS: Final = Throttle(250, 2500)
+"""At each of three introduction points, so three times what proof of work lets in by default: of
+those, the ones who worked most are taken. tor's own 25 is for sites where one introduction carries
+a whole visit; here it carries one request."""
 
 
 @click.command(
@@ -81,6 +88,20 @@ from hpkvfs import tor
     help="With --pow: requests that are let in at once.",
 )
 @click.option(
+    "--intro-rate",
+    type=click.IntRange(0, 2**31 - 1),
+    metavar="N",
+    help=f"Requests a second that each introduction point (there are three) lets through; it drops"
+    f" what is more. Takes a tor of our own, which has {INTRODUCTIONS.rate} by default. 0: all.",
+)
+@click.option(
+    "--intro-burst",
+    type=click.IntRange(2, 2**31 - 1),
+    default=INTRODUCTIONS.burst,
+    show_default=True,
+    help="With --intro-rate: requests that each lets through at once.",
+)
+@click.option(
     "--max-streams",
     type=click.IntRange(0, 65_535),
     default=1,
@@ -106,6 +127,8 @@ def serve(
     proof_of_work: bool,
     pow_rate: int,
     pow_burst: int,
+    intro_rate: int | None,
+    intro_burst: int,
     max_streams: int,
     workers: int | None,
     metrics: str | None,
@@ -122,8 +145,13 @@ def serve(
         os.environ["HPKVD_LEDGER"] = ledger  # for the workers; not in their command lines
     _look_over(data, config, ledger)
     page_address = _metrics_address(metrics or config.metrics)
-    bounds = _limits(proof_of_work, pow_rate, pow_burst, max_streams)
-    service = _service(data, where, bounds) if onion else None
+    limits = Limits(
+        streams=max_streams,
+        work=_throttle("pow", pow_rate, pow_burst) if proof_of_work else None,
+        introductions=_introductions(intro_rate, intro_burst),
+        insist=bool(intro_rate),
+    )
+    service = _service(data, where, limits) if onion else None
     sockets = systemd.take_sockets() or _bind(listen or config.listen)
     publishing = partial(_publish, data, service, sockets[0])
     announce = partial(_announce, ready_fd, serving.name(sockets[0]))
@@ -135,20 +163,35 @@ def serve(
     log.tell("stopped")
 
 
-def _limits(proof_of_work: bool, rate: int, burst: int, max_streams: int) -> tuple[str, ...]:
+def _introductions(rate: int | None, burst: int) -> Throttle | None:
+    if rate == 0:
+        return None
+    return _throttle("intro", INTRODUCTIONS.rate if rate is None else rate, burst)
+
+
+def _throttle(name: str, rate: int, burst: int) -> Throttle:
     try:
-        return onion_service.limits(
-            proof_of_work=proof_of_work, rate=rate, burst=burst, max_streams=max_streams
-        )
+        return Throttle(rate, burst)
     except ValueError as error:
-        raise click.UsageError(f"{error}; give --pow-rate and --pow-burst together") from error
+        raise click.UsageError(
+            f"{error}; give --{name}-rate and --{name}-burst together"
+        ) from error
 
 
-def _service(data: Path, where: str, bounds: tuple[str, ...]) -> onion_service.Service:
+def _service(data: Path, where: str, limits: Limits) -> onion_service.Service:
+    own = data / "tor"
     try:
-        return onion_service.Service(tor.parse_where(where), data / "tor", bounds)
+        tor_to_use = tor.parse_where(where)
+        more = tor.further_settings(own)
     except ValueError as error:
         raise click.UsageError(f"{error}; write auto, own, a control port or a socket") from error
+    except tor.TorError as error:
+        raise ConfigError(f"{error.message}, which {error.hint.removeprefix('it ')}") from error
+    if limits.insist and tor_to_use not in (tor.AUTO, tor.OWN):
+        raise click.UsageError(
+            "--intro-rate takes a tor of our own: give --tor own, or leave it out"
+        )
+    return onion_service.Service(tor_to_use, own, limits, more)
 
 
 async def _publish(
