@@ -95,11 +95,10 @@ async def answer(
     ready: Callable[[], None],
 ) -> None:
     """Answer on these sockets until `stop`, then finish what was asked. They are closed then."""
-    listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in sockets]
     async with trio.open_nursery() as clockwork:
         clockwork.start_soon(handler.keep_time)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Service(handler.answer, limits).run, listeners, stop)
+            nursery.start_soon(Service(handler.answer, limits).run, sockets, stop)
             gc.freeze()  # what lives as long as the server is not worth looking at again
             ready()
         clockwork.cancel_scope.cancel()

@@ -36,6 +36,12 @@ class Cluster:
             shutil.chown(self.home, "postgres", "postgres")
 
     @property
+    def pid(self) -> int:
+        """Of its first process, while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def url(self) -> str:
         """Of a user with a password."""
         return f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{self.port}/postgres"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -30,8 +31,8 @@ class Running:
         await self.may_answer.wait()
         return REPLY
 
-    async def run(self, limits: Limits, listeners: list[trio.SocketListener]) -> None:
-        await Service(self.answer, limits).run(listeners, self.stop)
+    async def run(self, limits: Limits, listener: socket.socket) -> None:
+        await Service(self.answer, limits).run([listener], self.stop)
         self.stopped.set()
 
     async def connect(self) -> trio.SocketStream:
@@ -41,12 +42,12 @@ class Running:
 @asynccontextmanager
 async def serving(**limits: float) -> AsyncIterator[Running]:
     running = Running()
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    running.port = listeners[0].socket.getsockname()[1]
+    listener = socket.create_server(("127.0.0.1", 0))
+    running.port = listener.getsockname()[1]
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             chosen = Limits(**limits)  # type: ignore[arg-type]  # connections is an int
-            nursery.start_soon(running.run, chosen, listeners)
+            nursery.start_soon(running.run, chosen, listener)
             yield running
             running.stop.set()
 

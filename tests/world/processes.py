@@ -129,7 +129,7 @@ class World:
 
         async def work(report: Callable[[str, Any], None]) -> None:
             ledger = SqliteLedger(self.ledger, reserve=0)
-            listeners = await trio.open_tcp_listeners(self.port, host="127.0.0.1")
+            listeners = [socket.create_server(("127.0.0.1", self.port))]
             async with ledger.serving():
                 handler = Handler(Epochs([epoch_one()], identity()), ledger)
                 report("ready", None)
