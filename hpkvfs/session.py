@@ -22,6 +22,7 @@ import trio
 
 from hpkvfs import kept
 from hpkvfs.breakglass import Breakglass
+from hpkvfs.cache import BlobCache
 from hpkvfs.errors import (
     CorruptBlob,
     HpkvError,
@@ -36,7 +37,6 @@ from hpkvfs.fs.flush import GroupFlush
 from hpkvfs.fs.publisher import Publisher
 from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.fs.shelf import Shelf
-from hpkvfs.net.cache import BlobCache
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import PATIENCE_SECONDS, Dialer
 from hpkvfs.parallel import Scatter, each

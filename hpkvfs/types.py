@@ -12,6 +12,7 @@ from typing import NamedTuple, NewType, Protocol
 
 PAYLOAD_SIZE = 16_384
 BLOB_SIZE = PAYLOAD_SIZE + 33 + 16
+OPENED_SIZE = PAYLOAD_SIZE + 1 + 33 + 32
 ENTRY_SIZE = 1_024
 REF_SIZE = 40
 ANCHOR_BIT = 1 << 63

@@ -248,7 +248,7 @@ class Publisher:
                         " other's state: unmount, then hpkvfs mount --takeover DIR",
                     ) from None
                 raise
-        self._volume.remember(ref, sealed.blob, sealed.node)
+        self._volume.remember(ref, sealed.opened, sealed.node)
 
     async def _complete(self, attempt: _Attempt, known: Known) -> None:
         await self._records.save_known(known)

@@ -18,7 +18,7 @@ from hpkvfs.tree import btree
 from hpkvfs.tree.node import Node
 from hpkvfs.types import BlobId, BlobRef, Generation, Missing, anchor_id
 from hpkvfs.volume.anchor import Anchor, successors
-from hpkvfs.volume.blob import Kind, Sealer
+from hpkvfs.volume.blob import Kind, Opened, Sealer
 from hpkvfs.volume.deadlist import INLINE_HELD, Dead, DeadList
 from hpkvfs.volume.items import (
     BLOCK,
@@ -45,6 +45,7 @@ class Sealed:
 
     ref: BlobRef
     blob: bytes
+    opened: Opened
     node: Node | None = None
 
 
@@ -160,9 +161,9 @@ class _Maker:
         self.made: list[Sealed] = []
 
     def make(self, kind: Kind, payload: bytes, node: Node | None = None) -> BlobRef:
-        ref, blob = self._sealer.seal(self.next_id, kind, payload)
+        ref, blob, opened = self._sealer.make(self.next_id, kind, payload)
         self.next_id = BlobId(self.next_id + 1)
-        self.made.append(Sealed(ref, blob, node))
+        self.made.append(Sealed(ref, blob, opened, node))
         return ref
 
     def node(self, node: Node) -> BlobRef:
@@ -217,8 +218,8 @@ def publish(
     if maker.made:
         yield maker.take()
     generation = anchor.generation
-    ref, blob = sealer.seal(anchor_id(generation), Kind.ANCHOR, anchor.encode())
-    yield Insert((Sealed(ref, blob),))
+    ref, blob, opened = sealer.make(anchor_id(generation), Kind.ANCHOR, anchor.encode())
+    yield Insert((Sealed(ref, blob, opened),))
     return Known(anchor, ref)
 
 

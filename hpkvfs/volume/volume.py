@@ -23,7 +23,7 @@ from hpkvfs.tree.node import CorruptNode, Node
 from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, BlobStore, Generation, Missing, anchor_id
 from hpkvfs.volume.ahead import Ahead
 from hpkvfs.volume.anchor import Anchor
-from hpkvfs.volume.blob import Kind, Sealer
+from hpkvfs.volume.blob import Kind, Opened, Sealer, payload_of
 from hpkvfs.volume.deadlist import Dead, DeadList, read_page
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.volume.snapshots import Snapshot, decode_table
@@ -69,11 +69,15 @@ class Cache(Protocol):
     """What the volume needs of a local cache of blobs; any of it may forget at any time."""
 
     def get(self, ref: BlobRef) -> bytes | None:
-        """The ciphertext blob, or None."""
+        """The opened blob (volume/blob.py), or None."""
+        ...
+
+    def __contains__(self, ref: BlobRef) -> bool:
+        """Whether it is probably there."""
         ...
 
     def put(self, ref: BlobRef, blob: bytes) -> None:
-        """Remember a blob."""
+        """Remember an opened blob, which was found to be what its reference promises."""
         ...
 
     def drop(self, ref: BlobRef) -> None:
@@ -190,15 +194,26 @@ class Volume:
         return node
 
     def extent(self, ref: BlobRef) -> bytes:
-        """The 16,384 bytes of an extent; MissingExtent when it is not in memory."""
+        """The 16,384 bytes of an extent; MissingExtent when it is not on this machine.
+
+        The local cache is read here and now: that takes less time than to come back for it.
+        """
         payload = self._extents.get(ref)
         if payload is None:
-            raise MissingExtent((ref,))
+            payload = self._kept(ref, Kind.EXTENT)
+            if payload is None:
+                raise MissingExtent((ref,))
+            self._extents.put(ref, payload)
         return payload
 
     def has_extent(self, ref: BlobRef) -> bool:
-        """Whether an extent is in memory or being fetched."""
-        return self._extents.get(ref) is not None or ref in self._loading
+        """Whether an extent is on this machine or being fetched."""
+        return self._extents.get(ref) is not None or ref in self._loading or ref in self._cache
+
+    def _kept(self, ref: BlobRef, kind: Kind) -> bytes | None:
+        """The payload of a blob in the local cache."""
+        opened = self._cache.get(ref)
+        return None if opened is None else payload_of(opened, kind)
 
     def entries(self, dead: DeadList) -> tuple[list[Dead], list[BlobRef]]:
         """Every blob on a dead list, and every page of the list; MissingPage."""
@@ -227,9 +242,9 @@ class Volume:
             raise MissingTable(tuple(missing))
         return [snapshot for ref in tables for snapshot in self._tables[ref]]
 
-    def remember(self, ref: BlobRef, blob: bytes, node: Node | None) -> None:
+    def remember(self, ref: BlobRef, opened: Opened, node: Node | None) -> None:
         """Keep a blob that was just published, so that reading it back costs nothing."""
-        self._cache.put(ref, blob)
+        self._cache.put(ref, opened.encode())
         if node is not None:
             self._nodes.put(ref, node)
 
@@ -278,30 +293,33 @@ class Volume:
 
     async def fetch(self, ref: BlobRef, kind: Kind, *, fresh: bool = False) -> bytes:
         """One blob's payload, verified; from the server alone if `fresh`."""
-        cached = None if fresh else self._cache.get(ref)
-        if cached is not None:
-            return self.sealer.open(ref, kind, cached)
+        kept = None if fresh else self._kept(ref, kind)
+        if kept is not None:
+            return kept
         async with self._slots:
             blob = await self.store.look_up(self.keys.signer(ref.id).public)
         try:
             if blob is None:
                 raise CorruptBlob(f"{ref!r} is missing at the server")
-            payload = self.sealer.open(ref, kind, blob)
+            opened = self.sealer.unseal(ref, kind, blob)
         except CorruptBlob as error:
             log.error("%s (%s)", error, kind.name.lower())
             raise
-        self._cache.put(ref, blob)
-        return payload
+        self._cache.put(ref, opened.encode())
+        return opened.payload
 
     def cached(self, ref: BlobRef) -> bytes | None:
-        """A blob that is in the local cache, and is what its reference promises; or None."""
-        blob = self._cache.get(ref)
+        """A blob, made again from the local cache, that is what its reference promises; or None."""
+        opened = self._cache.get(ref)
+        blob = None if opened is None else self.sealer.again(ref.id, Opened.decode(opened))
         return blob if blob is not None and self.sealer.reference(ref.id, blob) == ref else None
 
     def peek(self, ref: BlobRef, kind: Kind) -> bytes | None:
-        """One blob's payload from the local cache alone; None when it is not there."""
-        blob = self.cached(ref)
-        return None if blob is None else self.sealer.open(ref, kind, blob)
+        """One blob's payload from the local cache alone; None when it is not there.
+
+        It is verified once more: this is for who suspects everything.
+        """
+        return None if self.cached(ref) is None else self._kept(ref, kind)
 
     async def find_anchor(self, generation: Generation) -> Known | None:
         """Look up one generation's anchor; CorruptBlob if it is there but not an anchor."""

@@ -29,6 +29,9 @@ T = TypeVar("T")
 class NoCache:
     """A cache that forgets at once, so that every read reaches the store."""
 
+    def __contains__(self, ref: BlobRef) -> bool:
+        return False
+
     def get(self, ref: BlobRef) -> bytes | None:
         return None
 

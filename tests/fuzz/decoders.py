@@ -24,10 +24,10 @@ from hpkvd.ledger import LedgerError
 from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvfs import breakglass as notes
 from hpkvfs.address import Address
+from hpkvfs.cache import BlobCache
 from hpkvfs.errors import CorruptBlob, HpkvError, NewerFormat, UserError, VaultError
 from hpkvfs.fs.layer import Gone, Put, Usage, Write
 from hpkvfs.fs.redolog import RedoLog
-from hpkvfs.net.cache import BlobCache
 from hpkvfs.protocol import codec
 from hpkvfs.protocol.credential import Credential, Draft, Issuer, IssuerParameters, parse, prepare
 from hpkvfs.protocol.epoch import EpochParameters
@@ -55,7 +55,7 @@ from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 from hpkvfs.state import StateDirectory
 from hpkvfs.tree.node import CorruptNode, Node
-from hpkvfs.types import BLOB_SIZE, BlobId, BlobRef, Generation, anchor_id
+from hpkvfs.types import BLOB_SIZE, OPENED_SIZE, BlobId, BlobRef, Generation, anchor_id
 from hpkvfs.volume import deadlist, items
 from hpkvfs.volume.anchor import Anchor
 from hpkvfs.volume.blob import Kind, Sealer
@@ -361,14 +361,14 @@ def _write_log(directory: Path) -> None:
 def _write_cache(directory: Path) -> None:
     cache = BlobCache(directory / "cache", KEY, 80_000, CHANCE.randbytes)
     for ref in REFS[:3]:
-        cache.put(ref, bytes(BLOB_SIZE))
+        cache.put(ref, bytes(OPENED_SIZE))
     cache.close()
 
 
 def _read_cache(directory: Path) -> None:
     cache = BlobCache(directory / "cache", KEY, 80_000, CHANCE.randbytes)
     for ref in REFS:
-        assert cache.get(ref) in (None, bytes(BLOB_SIZE))
+        assert cache.get(ref) in (None, bytes(OPENED_SIZE))
     cache.close()
 
 

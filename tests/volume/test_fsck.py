@@ -29,6 +29,9 @@ class Keeping:
     def __init__(self) -> None:
         self.blobs: dict[BlobRef, bytes] = {}
 
+    def __contains__(self, ref: BlobRef) -> bool:
+        return ref in self.blobs
+
     def get(self, ref: BlobRef) -> bytes | None:
         return self.blobs.get(ref)
 

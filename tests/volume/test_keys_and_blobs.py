@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hpkvfs.errors import CorruptBlob, UserError
 from hpkvfs.types import ANCHOR_BIT, BLOB_SIZE, PAYLOAD_SIZE, BlobId, BlobRef
-from hpkvfs.volume.blob import Kind, Sealer
+from hpkvfs.volume.blob import Kind, Opened, Sealer, payload_of
 from hpkvfs.volume.keys import VaultKeys, check_words, make_words
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "format.json").read_text())
@@ -110,3 +110,23 @@ def test_only_whole_payloads_are_sealed() -> None:
 def test_keys_do_not_show_themselves() -> None:
     shown = repr(KEYS) + repr(KEYS.signer(BlobId(1)))
     assert KEYS.root.hex() not in shown and repr(KEYS.root) not in shown
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_what_is_kept_of_a_blob_makes_the_very_same_again(kind: Kind) -> None:
+    ref, blob, sealed = Sealer(KEYS, os.urandom).make(BlobId(7), kind, PAYLOAD)
+    other = Sealer(VaultKeys(KEYS.root), os.urandom)
+    for kept in (sealed, other.unseal(ref, kind, blob)):
+        raw = kept.encode()
+        assert other.again(BlobId(7), Opened.decode(raw)) == blob
+        assert [payload_of(raw, one) for one in Kind] == [
+            PAYLOAD if one is kind else None for one in Kind
+        ]
+        assert kept.key.hex() not in repr(kept) and repr(kept.key) not in repr(kept)
+
+
+def test_what_is_no_opened_blob() -> None:
+    raw = Sealer(KEYS, os.urandom).make(BlobId(7), Kind.NODE, PAYLOAD)[2].encode()
+    for bad in (raw[:-1], raw + b"\0", b"", b"\xff" + raw[1:]):
+        with pytest.raises(ValueError, match="opened"):
+            Opened.decode(bad)

@@ -1,14 +1,19 @@
-"""Blobs that were fetched or written once, kept on disk.
+"""Blobs that were fetched or written once, kept on disk, opened (volume/blob.py).
 
 The file is a table of names and then slots of one size; both are written in place and never
 waited for:
 
     header   4096 bytes: magic "hpkvcach", u32 version, u32 slots, zeros
     names    slots x 16 bytes: HMAC-SHA256(key, BlobRef.encode())[:16], or zeros for a free slot
-    slots    slots x 16,461 bytes: nonce (12) || ChaCha20-Poly1305 of the blob, AAD = name
+    slots    slots x 16,478 bytes: nonce (12) || ChaCha20-Poly1305 of the opened blob, AAD = name
+
+An opened blob is its payload and what it takes to make the very same blob again. So what is read
+here needs no second decryption, no digest and above all no ECDH: it was checked before it was
+put, and this file's own seal says that it is what was put.
 
 Nothing in it can be matched with what a server holds: names are keyed hashes, and each blob is
-sealed again under the cache's own key. Nothing in it is trusted either: a torn write, a flipped
+sealed under the cache's own key, which derives from the root key as the blobs' own do: whoever
+has it could open the blobs as well. Nothing in it is trusted either: a torn write, a flipped
 bit, a slot under another's name all fail to open and count as not being there, so a crash needs
 no recovery. A file with another header, or another number of slots, is started afresh.
 
@@ -29,15 +34,15 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from hpkvfs.types import BLOB_SIZE, BlobRef
+from hpkvfs.types import OPENED_SIZE, BlobRef
 
 _HEADER: Final = struct.Struct(">8sII")
 _MAGIC: Final = b"hpkvcach"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _HEADER_SIZE: Final = 4096
 _NAME: Final = 16
 _NONCE: Final = 12
-_SEALED: Final = _NONCE + BLOB_SIZE + 16
+_SEALED: Final = _NONCE + OPENED_SIZE + 16
 SLOT_SIZE: Final = _NAME + _SEALED
 
 
@@ -66,8 +71,12 @@ class BlobCache:
     def __len__(self) -> int:
         return len(self._order)
 
+    def __contains__(self, ref: BlobRef) -> bool:
+        """Whether it was put and has not left; not whether the file still has it."""
+        return self._name(ref) in self._order
+
     def get(self, ref: BlobRef) -> bytes | None:
-        """The blob, or None if it is not there or no longer what was put."""
+        """The opened blob, or None if it is not there or no longer what was put."""
         name = self._name(ref)
         slot = self._order.get(name)
         if slot is None:
@@ -80,9 +89,9 @@ class BlobCache:
         return blob
 
     def put(self, ref: BlobRef, blob: bytes) -> None:
-        """Keep a blob (16,433 bytes), in place of the least recently used one if need be."""
-        if len(blob) != BLOB_SIZE:
-            raise ValueError(f"a blob has {BLOB_SIZE} bytes, not {len(blob)}")
+        """Keep an opened blob (16,450 bytes), in place of the least recently used if need be."""
+        if len(blob) != OPENED_SIZE:
+            raise ValueError(f"an opened blob has {OPENED_SIZE} bytes, not {len(blob)}")
         name = self._name(ref)
         if name in self._order:
             self._order.move_to_end(name)
@@ -106,7 +115,7 @@ class BlobCache:
 
     def _read(self, name: bytes, slot: int) -> bytes | None:
         try:
-            sealed = os.pread(self._file, _SEALED, self._place(slot))
+            sealed = memoryview(os.pread(self._file, _SEALED, self._place(slot)))
             return self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], name)
         except (OSError, ValueError, InvalidTag):
             return None

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpkvfs.net.cache import SLOT_SIZE, BlobCache
-from hpkvfs.types import BLOB_SIZE, BlobId, BlobRef
+from hpkvfs.cache import SLOT_SIZE, BlobCache
+from hpkvfs.types import OPENED_SIZE, BlobId, BlobRef
 
 KEY = bytes(range(32))
 
 
 def blob(number: int) -> bytes:
-    return hashlib.shake_256(str(number).encode()).digest(BLOB_SIZE)
+    return hashlib.shake_256(str(number).encode()).digest(OPENED_SIZE)
 
 
 def ref(number: int) -> BlobRef:
@@ -98,7 +98,7 @@ def test_slots_cannot_be_moved(tmp_path: Path) -> None:
     cache.put(ref(1), blob(1))
     cache.put(ref(2), blob(2))
     raw = path.read_bytes()
-    names, first, second = raw[4096:4128], raw[4128 : 4128 + 16_461], raw[4128 + 16_461 :]
+    names, first, second = raw[4096:4128], raw[4128 : 4128 + 16_478], raw[4128 + 16_478 :]
     path.write_bytes(raw[:4096] + names + second + first)
     assert cache.get(ref(1)) is None and cache.get(ref(2)) is None
 
