@@ -451,7 +451,7 @@ class Teller:
         fingerprint = hashlib.sha256(body).digest()
         secrets = draft.encode()
         return body, Attempt(
-            statement.operation, statement.delta, fingerprint, secrets, into=digest
+            statement.operation, statement.delta, fingerprint, secrets, into=digest, draft=draft
         )
 
     async def _perform(self, pending: Pending, frame: bytes) -> Answer:
@@ -496,7 +496,8 @@ class Teller:
             raise Misbehaviour("the server charged for something else than was asked for")
         epoch = await self.epochs.get(attempt.into or pending.epoch)
         try:
-            outputs = Draft.decode(attempt.secrets).finish(epoch.issuer, issued)
+            draft = attempt.draft or Draft.decode(attempt.secrets)
+            outputs = draft.finish(epoch.issuer, issued)
         except ProtocolError as error:
             raise Misbehaviour(f"the server's credentials are worthless: {error}") from error
         settled = self.wallet.settle(pending, attempt, outputs)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeVar
 
 from hpkvfs.protocol import digits
@@ -213,6 +213,7 @@ class Credential:
     """An amount that an issuer's MAC (t, U, V) vouches for; 0 is an amount like any other.
 
     All of it is secret: whoever knows r can spend it, whoever knows t, U or V can link it.
+    `m`: the M that V is a MAC on, if it is at hand already; it follows from the amount and r.
     """
 
     amount: int
@@ -220,6 +221,7 @@ class Credential:
     t: int
     U: Point
     V: Point
+    m: Point | None = field(default=None, compare=False)
 
     def encode(self) -> bytes:
         """134 bytes: u32 amount, r, t, U, V."""
@@ -382,7 +384,8 @@ def prepare(
     requests = [_request(target.table, amount, rng) for amount in amounts]
     request = _prove(parameters, statement, shows, requests, rng, into)
     wanted = tuple((amount, x[0]) for amount, (_, x) in zip(amounts, requests, strict=True))
-    return Draft(request, statement.binding(len(presented), request), wanted)
+    ms = [requested.m for requested, _ in requests]
+    return Draft(request, statement.binding(len(presented), request), wanted, ms)
 
 
 def _prove(
@@ -425,8 +428,9 @@ def _show(credential: Credential, rng: Rng) -> tuple[Shown, Vector]:
     """Blind a credential: what the issuer sees, and the witness (z z0 t a r)."""
     amount, r, t = credential.amount, credential.r, credential.t
     z = random_scalar(rng)
+    m = credential.m or multiexp(attribute_row(amount, r))
     shown = Shown(
-        ca=multiexp(((GA, z), *attribute_row(amount, r))),
+        ca=multiexp(((GA, z),), m),
         cx0=multiexp(((GX0, z),), credential.U),
         cx1=multiexp(((GX1, z), (credential.U, t))),
         cv=multiexp(((GV, z),), credential.V),
@@ -457,13 +461,21 @@ def _expand(seed: bytes, count: int) -> Vector:
 class Draft:
     """A request that was made and what is needed to make use of its reply; has no repr."""
 
-    __slots__ = ("_binding", "_wanted", "request")
+    __slots__ = ("_binding", "_ms", "_wanted", "request")
 
-    def __init__(self, request: bytes, binding: bytes, wanted: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        request: bytes,
+        binding: bytes,
+        wanted: Sequence[tuple[int, int]],
+        ms: Sequence[Point | None] = (None,) * REQUESTED,
+    ) -> None:
+        """`wanted`: amount and r of each credential; `ms`: the M that commits to them, if known."""
         self.request: Final = request
         """The bytes to send; empty in a draft that was decoded."""
         self._binding = binding
         self._wanted = tuple(wanted)
+        self._ms = tuple(ms)
 
     def encode(self) -> bytes:
         """104 secret bytes: the binding to the request, then u32 amount and r, twice."""
@@ -485,9 +497,8 @@ class Draft:
         not made with the key that everybody else's are made with.
         """
         macs, challenge, responses = _parse_reply(reply)
-        first, second = (
-            Credential(a, r, *mac) for (a, r), mac in zip(self._wanted, macs, strict=True)
-        )
+        parts = zip(self._wanted, macs, self._ms, strict=True)
+        first, second = (Credential(a, r, *mac, m) for (a, r), mac, m in parts)
         transcript = _issuance_transcript(parameters, self._binding, macs)
         weight = transcript.weights()[0]
         amount, r = (

@@ -33,7 +33,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from hpkvfs.errors import EmptyWallet
-from hpkvfs.protocol.credential import Credential
+from hpkvfs.protocol.credential import Credential, Draft
 from hpkvfs.protocol.tariff import Operation
 
 
@@ -55,9 +55,10 @@ class Held:
 class Attempt:
     """A request that may have reached the server, and what it takes to use the answer.
 
-    `secrets` is Draft.encode(). `body` is the request itself, for requests that are repeated
-    after a restart, and empty for those that are then resolved by a reissue. `into` is the epoch
-    of its outputs, empty if that is the epoch of its inputs.
+    `secrets` is Draft.encode(), and `draft` what it encodes, in the process that made it. `body`
+    is the request itself, for requests that are repeated after a restart, and empty for those
+    that are then resolved by a reissue. `into` is the epoch of its outputs, empty if that is the
+    epoch of its inputs.
     """
 
     operation: Operation
@@ -66,6 +67,7 @@ class Attempt:
     secrets: bytes = field(repr=False)
     body: bytes = field(default=b"", repr=False)
     into: bytes = b""
+    draft: Draft | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

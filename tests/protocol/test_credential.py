@@ -100,6 +100,17 @@ def test_what_was_issued_can_be_presented_in_turn() -> None:
     assert sum(c.amount for c in held) == VOUCHER - 30
 
 
+def test_credentials_are_shown_alike_from_memory_and_out_of_the_journal() -> None:
+    draft, _, reply = insertion()
+    held = draft.finish(parameters(), reply)
+    read = [Credential.decode(one.encode()) for one in held]
+    revived = Draft.decode(draft.encode()).finish(parameters(), reply)
+    requests = {
+        settle(ABOUT, x, (980, 0), Stream("alike"))[1].encoded for x in (held, read, revived)
+    }
+    assert len(requests) == 1
+
+
 def test_null_credentials_are_free_and_worth_nothing() -> None:
     about = statement(Operation.REISSUE)
     draft, request, reply = settle(about, (), (0, 0), Stream("null"))

@@ -27,6 +27,12 @@ class Server:
         """HOST:PORT."""
         return f"{self.host}:{self.port}"
 
+    @property
+    def cpu(self) -> float:
+        """Seconds of CPU that its process used, all threads, to the tick (10 ms)."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
     def voucher(self, amount: int) -> str:
         """A new voucher worth `amount` tokens."""
         return _hpkvd("voucher", "--data", str(self.data), "--amount", str(amount)).strip()
