@@ -42,6 +42,10 @@ class AlreadyInUse(VaultError):
     """Another process holds this vault's state directory."""
 
 
+class DiskFull(VaultError):
+    """The disk of the state directory has no room; goes on when there is some."""
+
+
 class NewerFormat(VaultError):
     """Written by a newer hpkvfs than this one."""
 

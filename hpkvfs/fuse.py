@@ -24,7 +24,7 @@ import pyfuse3
 import trio
 
 from hpkvfs.eager import Trio
-from hpkvfs.errors import EmptyWallet, HpkvError, Unreachable
+from hpkvfs.errors import DiskFull, EmptyWallet, HpkvError, Unreachable
 from hpkvfs.fs import acl
 from hpkvfs.fs.backend import Backend, run
 from hpkvfs.fs.filesystem import Changes, Filesystem
@@ -48,6 +48,7 @@ _PRIVILEGES = stat.S_ISUID | stat.S_ISGID
 # What a failure of the store looks like to a program.
 ERRNO: tuple[tuple[type[HpkvError], int], ...] = (
     (EmptyWallet, errno.ENOSPC),
+    (DiskFull, errno.ENOSPC),
     (Unreachable, errno.EHOSTDOWN),
     (HpkvError, errno.EIO),
 )

@@ -33,6 +33,7 @@ from hpkvfs.breakglass import Found
 from hpkvfs.commands import Arguments, Commands, Result, ungrouped
 from hpkvfs.control import Progress, no_progress
 from hpkvfs.errors import (
+    DiskFull,
     EmptyWallet,
     HpkvError,
     Misbehaviour,
@@ -299,6 +300,7 @@ async def mount(vault: Vault, request: Mount) -> None:
     directory = mount_point(request.directory)
     options = fuse.mount_options(read_only=request.read_only, allow_other=request.allow_other)
     async with opened(vault, request.options) as session:
+        session.reserve_room()
         session.followed = lambda: fuse.forget_caches(session.fs)
         await _start(vault, session, request)
         backend: Backend = session
@@ -341,7 +343,7 @@ async def _start(vault: Vault, session: Session, request: Mount) -> None:
         if not request.read_only:
             raise
         request.notice(f"{error.message}; what is known here is mounted")
-    except StoreError as error:
+    except (StoreError, DiskFull) as error:
         session.offline_because = error
         request.notice(f"{error.message}; what is here can be used, and is published later")
     if session.took_over is not None:

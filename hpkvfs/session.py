@@ -25,6 +25,7 @@ from hpkvfs.breakglass import Breakglass
 from hpkvfs.cache import BlobCache
 from hpkvfs.errors import (
     CorruptBlob,
+    DiskFull,
     HpkvError,
     NothingThere,
     SecondWriter,
@@ -66,6 +67,7 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 PROBE_GAP = 32
 POLLS = 8
+RETRY_SECONDS = 5.0
 RESERVED_BLOBS = 16
 ROOMY_BLOBS = 1_024
 _WRITER = "writer"
@@ -137,9 +139,11 @@ class Session:
         breakglass: Breakglass,
         rng: Rng,
         state: StateDirectory,
+        redo: RedoLog,
     ) -> None:
         self.keys = keys
         self._state = state
+        self._redo = redo
         self.breakglass = breakglass
         self.store = store
         self.volume = volume
@@ -160,6 +164,7 @@ class Session:
         self._settled = trio.Event()
         self._prefetches: trio.Nursery | None = None
         self.offline_because: HpkvError | None = None
+        self.broken: VaultError | None = None
         self.followed: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.took_over: TakeOver | None = None
         self._covered = 0
@@ -196,7 +201,7 @@ class Session:
         if dirty + size > self.options.publish_at:
             self._wake.set()
         while dirty and dirty + size > self.options.dirty_limit:
-            if self.publisher.last_error is not None or not self._connected:
+            if self.trouble is not None or not self._connected:
                 log.error("the local log is full and nothing can be published now")
                 raise fail(errno.ENOSPC)
             self._wake.set()
@@ -256,7 +261,7 @@ class Session:
 
     async def sync_log(self) -> None:
         """Return when all changes so far are in the redo log, durably; VaultError."""
-        with _log_trouble():
+        with _disk_trouble():
             await trio.to_thread.run_sync(self._fs.syncer())
 
     async def save_known(self, known: Known) -> None:
@@ -306,6 +311,16 @@ class Session:
         self.volume.known = newest
         await self.save_known(newest)
         return newest.anchor.generation
+
+    async def _go_on_from_newest(self, known: Known) -> bool:
+        """Take over the newest generation, nothing being changed here; whether it is another."""
+        newest = await self._search(known.anchor.generation)
+        if newest.ref == known.ref:
+            return False
+        self.volume.known = newest
+        self._start_from_known()
+        await self.save_known(newest)
+        return True
 
     async def _search(self, floor: Generation | None) -> Known:
         search, found = find_newest(floor), dict[Generation, Known]()
@@ -424,12 +439,18 @@ class Session:
                 "what was written here and not published is kept;"
                 " to go on from the other's state: hpkvfs mount --takeover DIR",
             )
-        await self.find(known.anchor.generation)
-        self._start_from_known()
+        await self._go_on_from_newest(known)
 
     async def _take_over_from_other(self, known: Known) -> None:
-        """Put our changes on top of another client's generation, or aside if they do not fit."""
-        newest, layer = await self._search(known.anchor.generation), self._fs.active
+        """Put our changes on top of another client's generation, or aside if they do not fit.
+
+        Programs go on writing meanwhile: from the decision on whether they fit to what it is
+        about nothing is waited for.
+        """
+        newest = await self._search(known.anchor.generation)
+        await self.sync_log()
+        await self._journal.flush()
+        layer = self._fs.active
         try:
             fits = await run(
                 self,
@@ -439,23 +460,23 @@ class Session:
             )
         except CorruptBlob:
             fits = False  # what it was made upon is collected
-        dirty, number = self._fs.totals().dirty, None
-        await trio.to_thread.run_sync(self._fs.syncer())
+        anchor, number = newest.anchor, None
+        dirty, before = self._fs.totals().dirty, self._covered
+        if not fits:
+            with _disk_trouble():
+                number = kept.put_aside(self._state, self._journal, known, self._covered)
+        self.volume.known = newest
         if fits:
             kept.rest_on(self._journal, newest, self._covered)
-        else:
-            number = kept.put_aside(self._state, self._journal, known, self._covered)
-            kept.rest_on(self._journal, newest, self._fs.end_log())
-        self.volume.known = newest
-        await self.save_known(newest)
-        anchor = newest.anchor
-        if fits:
             self._fs.rest_on(anchor.next_ino, anchor.size, anchor.files)
         else:
             self._fs.discard()
             self._start_from_known()
         self.publisher.next_id = max(self.publisher.next_id, anchor.next_id)
         self.took_over = TakeOver(anchor.generation, dirty, number)
+        await self.save_known(newest)
+        if self._covered > before:
+            self._fs.drop_log(self._covered)
 
     def _start_from_known(self) -> None:
         assert self.volume.known is not None
@@ -485,16 +506,42 @@ class Session:
     # -- running -------------------------------------------------------------------------
 
     async def keep_going(self) -> None:
-        """Publish in the background, resolve what is pending; runs until cancelled."""
+        """Publish in the background, resolve what is pending; runs until cancelled.
+
+        What this machine's disk does ends nothing: what cannot be done is told in `trouble`, and
+        tried again. Whatever is in memory can be read, and be published later.
+        """
         async with trio.open_nursery() as nursery:
             self._prefetches = nursery
-            nursery.start_soon(self.store.run)
+            nursery.start_soon(self._run_store)
             if self.options.read_only:
                 nursery.start_soon(self._follow_regularly)
             else:
                 nursery.start_soon(self._publish_regularly)
                 nursery.start_soon(self._reclaim)
                 nursery.start_soon(self.breakglass.run, lambda: self.generation)
+
+    async def _run_store(self) -> None:
+        """`store.run`, begun again when it failed."""
+        while True:
+            try:
+                await self.store.run()
+            except* VaultError as failed:
+                self.broken = _first(failed)
+            await self._wait_for_journal()
+
+    async def _wait_for_journal(self) -> None:
+        while self.broken is not None:
+            await trio.sleep(RETRY_SECONDS)
+            try:
+                await self._journal.flush()
+                self.broken = None
+            except VaultError as error:
+                self.broken = error
+
+    def reserve_room(self) -> None:
+        """For what lasts: have the room on this disk that reading and publishing need."""
+        self._journal.reserve_room()
 
     @property
     def _follows(self) -> bool:
@@ -524,10 +571,8 @@ class Session:
         following = Generation(known.anchor.generation + 1)
         if not thorough and await self.volume.find_anchor(following) is None:
             return False
-        await self.find(known.anchor.generation)
-        if self.volume.known is None or self.volume.known.ref == known.ref:
+        if not await self._go_on_from_newest(known):
             return False
-        self._start_from_known()
         await self.followed()
         return True
 
@@ -698,14 +743,23 @@ class Session:
             "connected": self._connected,
             "recovery": self.breakglass.report(),
             "kept": kept.numbers(self._state),
-            "trouble": self.trouble,
+            "trouble": self.trouble or self._log_trouble,
         }
 
     @property
     def trouble(self) -> str | None:
         """Why nothing is published at the moment; None when all is well."""
-        error = self.publisher.last_error or self.offline_because
-        return str(error) if error else None
+        local, remote = self._journal.trouble or self.broken, self.publisher.last_error
+        error = local or remote or self.offline_because
+        return _told(error) if error else None
+
+    @property
+    def _log_trouble(self) -> str | None:
+        """Why programs cannot write, as far as this machine's disk is to blame."""
+        failure = self._redo.failure
+        if failure is None or self._state.has_room:
+            return None
+        return _told(_disk_failure(failure))
 
     @staticmethod
     def _live(anchor: Anchor | None) -> int:
@@ -742,25 +796,49 @@ async def open_session(
     with (
         state.locked(),
         closing(Journal(state.wallet, keys.secret("wallet"), rng)) as journal,
-        closing(BlobCache(state.cache, keys.secret("cache"), options.cache_bytes, rng)) as cache,
+        closing(_cache(state, keys, options, rng)) as cache,
         closing(RedoLog(log_directory, keys.secret("redo"), rng)) as redo,
     ):
         session = _build(state, keys, dialer, options, journal, cache, redo, clock, rng, identity)
         if session.volume.known is not None or state.is_new:
-            with _log_trouble():
+            with _disk_trouble():
                 session.load_local(uid, gid)
         yield session
 
 
+def _cache(state: StateDirectory, keys: VaultKeys, options: Options, rng: Rng) -> BlobCache:
+    with _disk_trouble():
+        return BlobCache(state.cache, keys.secret("cache"), options.cache_bytes, rng)
+
+
 @contextmanager
-def _log_trouble() -> Iterator[None]:
+def _disk_trouble() -> Iterator[None]:
+    """Say as an error of ours that this machine's disk refused something."""
     try:
         yield
     except OSError as error:
-        raise VaultError(
-            f"the local log cannot be used: {error.strerror}",
-            "make room on the disk, or see what is wrong with it; nothing is lost",
-        ) from error
+        raise _disk_failure(error) from error
+
+
+def _disk_failure(error: OSError) -> VaultError:
+    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else VaultError
+    return kind(
+        f"the state directory cannot be written: {error.strerror}",
+        "nothing is lost: make room on the disk, or see what is wrong with it",
+    )
+
+
+def _told(error: HpkvError) -> str:
+    """An error as a line of `hpkvfs status`; what to do about this machine is said, too."""
+    return f"{error.message}; {error.hint}" if isinstance(error, VaultError) else error.message
+
+
+def _first(group: BaseExceptionGroup[VaultError]) -> VaultError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, VaultError)
+    return error
 
 
 def _build(
@@ -790,5 +868,5 @@ def _build(
     shelf = Shelf(volume, names, shown=options.snapshots_shown)
     fs = Filesystem(shelf, redo, names, clock, lambda size: rooms[0].room(size))
     parts = (keys, journal, store, volume, fs, shelf, names, writer)
-    rooms.append(Session(*parts, options, clock, breakglass, rng, state))
+    rooms.append(Session(*parts, options, clock, breakglass, rng, state, redo))
     return rooms[0]

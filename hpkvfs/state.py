@@ -31,6 +31,7 @@ from hpkvfs.errors import AlreadyInUse, NewerFormat, NoState, UserError, VaultEr
 from hpkvfs.volume.keys import VaultKeys
 
 FORMAT = 1
+_LITTLE = 1 << 20
 _WALLETS = ("wallet.sqlite", "wallet-2.sqlite")
 _FIELDS = {"format", "server", "new", "fingerprint", "key"}
 _SCRYPT = {"n": 1 << 16, "r": 8, "p": 1}
@@ -96,6 +97,12 @@ class StateDirectory:
             )
         except OSError as error:
             raise UserError(f"can't write to {self.path}: {error.strerror}") from None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the disk has room for more than a little, as far as the kernel says."""
+        facts = os.statvfs(self.path)
+        return facts.f_bavail * facts.f_frsize > _LITTLE
 
     @property
     def server(self) -> str:

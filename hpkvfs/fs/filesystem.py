@@ -234,11 +234,14 @@ class Filesystem:
         self._base = (size, files)
 
     def discard(self) -> None:
-        """Give the active layer up, with its log."""
+        """Give the active layer up; its log is there until it is dropped."""
         assert self.frozen is None
         self.active = Layer()
         self._restack()
-        self._log.drop(self._log.rotate())
+
+    def drop_log(self, number: int) -> None:
+        """Delete the files of the redo log up to this one."""
+        self._log.drop(number)
 
     def end_log(self) -> int:
         """End the redo log's newest file: later changes go to the next. Its number."""

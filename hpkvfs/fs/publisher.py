@@ -15,7 +15,7 @@ from typing import Protocol
 
 import trio
 
-from hpkvfs.errors import KeyExists, SecondWriter, StoreError
+from hpkvfs.errors import KeyExists, SecondWriter, StoreError, VaultError
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.view import View
 from hpkvfs.parallel import IN_ORDER, Scatter
@@ -104,7 +104,7 @@ class Publisher:
         self.create: list[str] = []
         self.delete: set[str] = set()
         self.rewrite: Rewrite | None = None
-        self.last_error: StoreError | SecondWriter | None = None
+        self.last_error: StoreError | VaultError | None = None
 
     @property
     def pending(self) -> bool:
@@ -130,7 +130,7 @@ class Publisher:
     async def publish(self, progress: Progress = lambda done, total: None) -> None:
         """Publish all that changed before the call; returns when its anchor is stored.
 
-        Raises StoreError (call again later), SecondWriter.
+        Raises StoreError and DiskFull (call again later), SecondWriter, VaultError.
         """
         async with self._lock:
             try:
@@ -139,7 +139,7 @@ class Publisher:
                 if self.pending:
                     await self._finish(progress)
                 self.last_error = None
-            except (StoreError, SecondWriter) as error:
+            except (StoreError, VaultError) as error:
                 self.last_error = error
                 raise
 

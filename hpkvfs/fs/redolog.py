@@ -67,6 +67,8 @@ class RedoLog:
         self._last = (0, 0)
         self._zeroed = 0
         self.number = 0
+        self.failure: OSError | None = None
+        """Why the last operation could not be added; None if it was."""
 
     def replay(self, covered: int) -> Iterator[list[Effect]]:
         """Every record after the files that a generation covers, in order; then starts anew."""
@@ -81,6 +83,13 @@ class RedoLog:
 
     def append(self, effects: Iterable[Effect]) -> None:
         """Add one operation; OSError (ENOSPC, EIO, ...) and nothing added when it can't."""
+        try:
+            self._append(effects)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def _append(self, effects: Iterable[Effect]) -> None:
         if self._fd is None:
             self._open()
         assert self._cipher is not None and self._fd is not None
@@ -94,14 +103,21 @@ class RedoLog:
                 self._zeroed = self._size + size + len(_ZEROS)
             written = os.pwritev(self._fd, parts, self._size)
             if written < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise _no_room()
         except OSError:
-            os.ftruncate(self._fd, self._size)
-            self.rotate()
+            self._fail(self._fd)
             raise
+        self.failure = None
         self._records += 1
         self._size += size
         self._last = (self.number, self._records)
+
+    def _fail(self, fd: int) -> None:
+        """Leave the file as it was before the record that could not be added, and for good."""
+        try:
+            os.ftruncate(fd, self._size)
+        finally:
+            self.rotate()
 
     def syncer(self) -> Callable[[], None]:
         """A function that returns when all appended so far is on the disk; a thread may run it."""
@@ -140,18 +156,22 @@ class RedoLog:
             os.close(self._retired.popitem()[1])
 
     def _open(self) -> None:
+        """Begin a file; OSError, and none is left behind, when it can't be."""
         self.number += 1
+        path = self._path(self.number)
         salt = self._rng(16)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._fd = os.open(self._path(self.number), flags, 0o600)
         header = _HEADER.pack(_MAGIC, _VERSION, self.number, *self._last, salt)
+        fd = os.open(path, flags, 0o600)
         try:
-            os.write(self._fd, header)
+            if os.write(fd, header) < len(header):
+                raise _no_room()
             _sync_directory(self._directory)
         except OSError:
-            self.rotate()
+            os.close(fd)
+            path.unlink(missing_ok=True)
             raise
-        self._cipher = self._cipher_of(header)
+        self._fd, self._cipher = fd, self._cipher_of(header)
         self._records, self._size, self._zeroed = 0, len(header), len(header)
 
     def _cipher_of(self, header: bytes) -> ChaCha20Poly1305:
@@ -203,6 +223,10 @@ class RedoLog:
 
     def _path(self, number: int) -> Path:
         return self._directory / f"redo.{number}"
+
+
+def _no_room() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _effect(form: list[Any]) -> Effect:

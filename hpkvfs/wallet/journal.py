@@ -11,8 +11,10 @@ interpreter lock, several times per statement.) While one batch is being committ
 collects: group commit. A batch that nobody waits for is committed with the next `begin`, or by
 `nudge`, `flush` or `close`.
 
-A failed write breaks the journal for good: every later call says so, and opening it again finds
-the last durable state.
+A commit that finds the disk full fails whoever waits for it, and nothing else: what was to be
+written stays in the batch, the database is as it was, and the next `flush` or `begin` writes all of
+it. Any other failure, such as one of fsync, after which nobody knows what the disk has, breaks the
+journal for good: every later call says so, and opening it again finds the last durable state.
 
 The database, user_version 2 (1 had shorter rows, see rows.py). Every `sealed` is a random 12-byte
 nonce and the row in ChaCha20-Poly1305 under the journal's key, with "table/name of the row" as
@@ -27,6 +29,7 @@ associated data.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import sqlite3
@@ -41,14 +44,20 @@ import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from hpkvfs.errors import AlreadyInUse, NewerFormat, VaultError
+from hpkvfs.errors import AlreadyInUse, DiskFull, NewerFormat, VaultError
 from hpkvfs.protocol.errors import ProtocolError
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.wallet import rows
 from hpkvfs.wallet.wallet import Book, Held, Pending, Settled, Wallet
 
+log = logging.getLogger(__name__)
+
 FORMAT: Final = 2
 _NONCE: Final = 12
+_WAL_BYTES: Final = 5 << 20
+"""Somewhat more than the WAL grows to before SQLite begins it again: 1,000 pages."""
+_NO_ROOM: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
+"""A write that was refused (ENOSPC, a quota), before any fsync: the transaction is not there."""
 KNOWN: Final = "known"
 """The name under which the newest known generation is kept."""
 _BOOK: Final = "book"
@@ -99,10 +108,21 @@ class _Batch:
     book: Book | None = None
     wanted: bool = False
     done: trio.Event = field(default_factory=trio.Event)
+    failure: VaultError | None = None
 
     @property
     def empty(self) -> bool:
         return self.book is None and not any(self.rows.values())
+
+    def then(self, later: _Batch) -> _Batch:
+        """Both as one, that nobody waits for yet. No number is used twice: see _ORDER."""
+        rows = {name: values + later.rows[name] for name, values in self.rows.items()}
+        return _Batch(rows, later.book or self.book)
+
+    def end(self, failure: VaultError | None = None) -> None:
+        """Wake who waits for it."""
+        self.failure = failure
+        self.done.set()
 
 
 class Journal:
@@ -121,6 +141,8 @@ class Journal:
         self._broken: VaultError | None = None
         self._jobs: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
+        self._path = path
+        self._full: DiskFull | None = None
         self._database = _connect(path)
         try:
             self._meta: dict[str, bytes] = dict(self._read("meta"))
@@ -130,6 +152,25 @@ class Journal:
             raise
         self._performed = {(one.operation, one.memo) for one in self._receipts.values()}
         self._last_receipt = max(self._receipts, default=0)
+
+    @property
+    def trouble(self) -> VaultError | None:
+        """Why nothing can be written: DiskFull, which may pass, or another, which will not."""
+        return self._broken or self._full
+
+    def reserve_room(self) -> None:
+        """Take from the disk now what commits need later, so that they go on when it is full.
+
+        The write-ahead log is written over and over; what is behind its last valid frame says
+        nothing. (https://www.sqlite.org/fileformat2.html#the_write_ahead_log)
+        """
+        wal = self._path.with_name(self._path.name + "-wal")
+        with suppress(OSError):
+            descriptor = os.open(wal, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.posix_fallocate(descriptor, 0, _WAL_BYTES)
+            finally:
+                os.close(descriptor)
 
     # Reading.
 
@@ -225,11 +266,16 @@ class Journal:
         self._meta[name] = value
 
     async def flush(self) -> None:
-        """Return when everything so far is on the disk; VaultError if it cannot be."""
+        """Return when everything so far is on the disk; VaultError if it cannot be.
+
+        DiskFull: it is not there, and a later call may put it there.
+        """
         batch = self._committing if self._batch.empty else self._batch
         self.nudge()
         if batch is not None:
             await batch.done.wait()
+            if batch.failure is not None:
+                raise batch.failure
         self._check()
 
     def nudge(self) -> None:
@@ -292,10 +338,10 @@ class Journal:
         self._jobs.put(batch)
 
     def _execute(self, batch: _Batch) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
         if batch.book is not None:
             sealed = self._seal("meta", _BOOK, rows.pack_book(batch.book))
-            batch.rows[_PUT_META].append((_BOOK, sealed))
-        self._database.execute("BEGIN IMMEDIATE")
+            self._database.execute(_PUT_META, (_BOOK, sealed))
         for statement, values in batch.rows.items():
             if values:
                 self._database.executemany(statement, values)
@@ -315,18 +361,29 @@ class Journal:
 
     def _committed(self, batch: _Batch, failure: sqlite3.Error | None) -> None:
         self._committing = None
-        batch.done.set()
         if failure is not None:
-            self._break(failure)
-        elif self._batch.wanted:
+            self._failed(batch, _unwritable(failure))
+            return
+        batch.end()
+        if self._full is not None:
+            log.warning("the wallet's journal can be written again")
+            self._full = None
+        if self._batch.wanted:
             self._start()
 
-    def _break(self, failure: sqlite3.Error) -> None:
-        self._broken = VaultError(
-            f"the wallet's journal cannot be written: {failure}",
-            "nothing is lost; see to the disk and start again",
-        )
-        self._batch.done.set()
+    def _failed(self, batch: _Batch, error: VaultError) -> None:
+        """Tell who waits, also for what was to follow; keep all of it if it can be tried again."""
+        if self.trouble is None:
+            log.error("%s; %s", error.message, error.hint)
+        later = self._batch
+        if isinstance(error, DiskFull):
+            self._full, self._batch = error, batch.then(later)
+            with suppress(sqlite3.Error):  # SQLite may have done it already
+                self._database.execute("ROLLBACK")
+        else:
+            self._broken = error
+        batch.end(error)
+        later.end(error)
 
     # Inside: rows.
 
@@ -380,7 +437,9 @@ def _connect(path: Path) -> sqlite3.Connection:
         _prepare(database)
     except sqlite3.OperationalError as error:
         database.close()
-        raise AlreadyInUse("another process has this wallet open", "stop it first") from error
+        if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise AlreadyInUse("another process has this wallet open", "stop it first") from error
+        raise _unwritable(error) from error
     except sqlite3.DatabaseError as error:
         database.close()
         raise _damaged() from error
@@ -409,6 +468,19 @@ def _prepare(database: sqlite3.Connection) -> None:
             f"the wallet's journal has format {version}, from before the first release",
             "recover the vault from its words",
         )
+
+
+def _unwritable(error: sqlite3.Error) -> VaultError:
+    """What to tell of a failed write."""
+    if getattr(error, "sqlite_errorcode", None) in _NO_ROOM:
+        return DiskFull(
+            "the wallet's journal cannot be written, the disk is full",
+            "nothing is lost: make room on it, and it goes on by itself",
+        )
+    return VaultError(
+        f"the wallet's journal cannot be written: {error}",
+        "nothing is lost: see to the disk, then unmount and mount again",
+    )
 
 
 def _damaged() -> VaultError:

@@ -33,6 +33,11 @@ class State:
     cache: Path
     is_new: bool
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the disk is not full."""
+        return not self.path.disk.full
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """There is no other process."""
@@ -58,7 +63,9 @@ class SimulatedJournal(Journal):
     def _execute(self, batch: Any) -> None:
         self._machine.check()
         if self._machine.disk_full:
-            raise sqlite3.OperationalError("database or disk is full")
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
         super()._execute(batch)
 
     def _commit(self) -> sqlite3.Error | None:
@@ -101,6 +108,8 @@ class Machine(Side):
         self._state = State(Place(self.disk), wallet, cache, is_new)
         self.nursery: trio.Nursery
         self.dialer: Dialer
+        self.started = False
+        """Whether the last client got as far as doing what it was started for."""
         self.power = False
         """Whether power was lost since whoever uses this last set it."""
 
@@ -111,10 +120,10 @@ class Machine(Side):
     async def use(self, work: Callable[[Session], Awaitable[None]]) -> bool:
         """Start a client and do `work` with it; whether it lived to the end of it.
 
-        VaultError when it ends by itself because its disk is full.
+        VaultError when it cannot even start because its disk is full.
         """
         SIDE.set(self)
-        self.alive = True
+        self.alive, self.started = True, False
         try:
             async with trio.open_nursery() as self.nursery:
                 self.scope = self.nursery.cancel_scope
@@ -141,6 +150,7 @@ class Machine(Side):
             trio.open_nursery() as background,
         ):
             background.start_soon(session.keep_going)
+            self.started = True
             await work(session)
             background.cancel_scope.cancel()
 

@@ -212,6 +212,16 @@ def _refused_credentials_shown_again() -> list[Replacement]:
     return [(Teller, "_perform", careless), (Teller, "_resolved_at_once", nothing)]
 
 
+@_mutation
+def _full_disk_ends_the_mount() -> list[Replacement]:
+    """A background task that cannot write takes the whole client with it."""
+
+    async def once(self: Session) -> None:
+        await self.store.run()
+
+    return [(Session, "_run_store", once)]
+
+
 # -- publication -----------------------------------------------------------------------------
 
 

@@ -18,7 +18,15 @@ from unittest.mock import patch
 import trio
 from trio.testing import MockClock
 
-from hpkvfs.errors import EmptyWallet, Refusal, StoreError, Unreachable, UserError, VaultError
+from hpkvfs.errors import (
+    DiskFull,
+    EmptyWallet,
+    Refusal,
+    StoreError,
+    Unreachable,
+    UserError,
+    VaultError,
+)
 from hpkvfs.net.refusals import NoRoom
 from hpkvfs.session import Session
 from hpkvfs.volume.keys import VaultKeys
@@ -183,6 +191,7 @@ class World:
             if trouble:
                 self.note("trouble", trouble[0])
                 assert self.filled, f"a client ended by itself: {trouble[0]}"
+                assert not self.machine.started, f"a full disk ended a mount: {trouble[0]}"
                 self.machine.disk_full = False
 
     async def _life(self, session: Session) -> None:
@@ -238,7 +247,7 @@ class World:
             self.note("failed", error)
         except (Refusal, VaultError) as error:
             self.note("failed", error)
-            if not self.filled or type(error) not in (NoRoom, VaultError):
+            if not self.filled or type(error) not in (NoRoom, DiskFull):
                 raise
         else:
             return True
@@ -250,7 +259,7 @@ class World:
         self.story.begun = step
         try:
             found = await play(session, step)
-        except StoreError as error:
+        except (StoreError, DiskFull) as error:
             self.story.begun = None
             if not isinstance(error, Unreachable | EmptyWallet) and not self.filled:
                 raise

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from hpkvfs.errors import AlreadyInUse, NewerFormat, VaultError
+from hpkvfs.errors import AlreadyInUse, DiskFull, NewerFormat, VaultError
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.wallet.journal import Journal
 from hpkvfs.wallet.wallet import Pending, Wallet
@@ -193,6 +193,45 @@ async def test_a_failed_write_is_told_to_everyone_for_good(disk: Disk, keeps_las
     again = disk.open().load()
     assert again.balance.total == 100 and again.conservation.holds
     assert bool(again.pending) == keeps_last
+
+
+@pytest.mark.parametrize("has_room_again", [True, False])
+async def test_a_full_disk_fails_who_waits_and_nothing_else(
+    disk: Disk, has_room_again: bool
+) -> None:
+    """SQLite's own SQLITE_FULL. What was settled meanwhile is written when there is room."""
+    journal = disk.open()
+    wallet = journal.load()
+    await buy(journal, wallet, 30, 20)
+    pending = await insert(journal, wallet)
+    _limit(journal, 1)
+    journal.put_meta("large", bytes(200_000))
+    outputs = credential(25), credential(15)
+    journal.settle(wallet.settle(pending, pending.attempts[0], outputs), wallet.book)
+    with pytest.raises(DiskFull, match="the disk is full"):
+        await journal.flush()
+    assert isinstance(journal.trouble, DiskFull)
+    unsent = wallet.begin(EPOCH, (), attempt(Operation.ISSUE, 7, b"body"), b"voucher")
+    with pytest.raises(DiskFull):
+        await journal.begin(unsent)
+    wallet.release(unsent)
+    journal.release(unsent)
+    if has_room_again:
+        _limit(journal, 1_000)
+        await journal.flush()
+        assert journal.trouble is None
+    disk.kill()
+    journal = disk.open()
+    again = journal.load()
+    assert again.conservation.holds
+    assert again.balance.total == (40 if has_room_again else 50)
+    assert list(again.pending) == ([] if has_room_again else [pending.number])
+    assert journal.meta("large") == (bytes(200_000) if has_room_again else None)
+
+
+def _limit(journal: Journal, pages: int) -> None:
+    """The database may not grow beyond so many pages, nor shrink."""
+    journal._database.execute(f"PRAGMA max_page_count = {pages}").fetchone()
 
 
 async def test_the_file_tells_nothing(disk: Disk) -> None:
