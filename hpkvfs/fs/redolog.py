@@ -68,7 +68,7 @@ class RedoLog:
         self._zeroed = 0
         self.number = 0
         self.failure: OSError | None = None
-        """Why the last operation could not be added; None if it was."""
+        """Why an operation could not be added since files were last dropped."""
 
     def replay(self, covered: int) -> Iterator[list[Effect]]:
         """Every record after the files that a generation covers, in order; then starts anew."""
@@ -107,7 +107,6 @@ class RedoLog:
         except OSError:
             self._fail(self._fd)
             raise
-        self.failure = None
         self._records += 1
         self._size += size
         self._last = (self.number, self._records)
@@ -142,6 +141,7 @@ class RedoLog:
 
     def drop(self, covered: int) -> None:
         """Delete the files that a published generation covers."""
+        self.failure = None
         for number in [n for n in self._retired if n <= covered]:
             os.close(self._retired.pop(number))
         for number in self._files():
