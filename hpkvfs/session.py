@@ -757,9 +757,10 @@ class Session:
     def _log_trouble(self) -> str | None:
         """Why programs cannot write, as far as this machine's disk is to blame."""
         failure = self._redo.failure
-        if failure is None or self._state.has_room:
+        if failure is None:
             return None
-        return _told(_disk_failure(failure))
+        error = _disk_failure(failure)
+        return None if isinstance(error, DiskFull) and self._state.has_room else _told(error)
 
     @staticmethod
     def _live(anchor: Anchor | None) -> int:
