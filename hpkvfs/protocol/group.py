@@ -41,6 +41,7 @@ LAMBDA: Final = 0x5363AD4CC05C30E0A5261C028812645A122E22EA20816678DF02967C1B23BD
 
 _CONTEXT: Final[Any] = GLOBAL_CONTEXT.ctx
 _COMPRESSED: Final[Any] = _lib.SECP256K1_EC_COMPRESSED
+_UNCOMPRESSED: Final[Any] = _lib.SECP256K1_EC_UNCOMPRESSED
 _COMB_OFFSETS: Final = (2**256 - 1 - ORDER, 2**256 - 1)  # of even scalars, of odd ones
 _ZERO: Final = bytes(SCALAR_SIZE)
 _BUILDING: Final = Lock()
@@ -140,6 +141,12 @@ class Point:
     def encode(self) -> bytes:
         """33 bytes, compressed (SEC 1)."""
         return encode_points((self,))
+
+    def encode_whole(self) -> bytes:
+        """65 bytes, uncompressed (SEC 1)."""
+        out, size = _new(_BYTES, 65), _new(_SIZE, 65)
+        _serialize(_CONTEXT, out, size, self._raw, _UNCOMPRESSED)
+        return bytes(_ffi.buffer(out))
 
     def __neg__(self) -> Point:
         raw = _new(_KEY, self._raw[0])

@@ -41,6 +41,13 @@ MAX_EPOCHS: Final = 200
 MAX_RETRY_AFTER: Final = 3_600
 MAX_DELTA: Final = AMOUNT_LIMIT - 1
 MAX_COUNTER: Final = 2**63 - 1
+MAX_PROOF: Final = 16_384
+MAX_INVOICE: Final = 4_096
+MAX_SATS: Final = 2**51
+MAX_SECONDS: Final = 2**31 - 1
+MAX_OFFERS: Final = 8
+MAX_PLACES: Final = 32
+MAX_PLACE: Final = 256
 UNOPENED: Final = bytes(DIGEST_SIZE)
 """What a request to open an entry names when it only asks which entry there is."""
 
@@ -298,6 +305,48 @@ class OpenEntryRequest(_Request):
         return open_entry_digest(self.key, self.entry)
 
 
+class Method(IntEnum):
+    """How a voucher is paid for; one that an operator sells by hand is paid for already."""
+
+    CASHU = 1
+    LIGHTNING = 2
+
+
+def _method(value: object) -> Method:
+    if isinstance(value, Method):
+        return value
+    try:
+        return Method(integer(1, 255)(value))
+    except ValueError as error:
+        raise Malformed("a way to pay that this version does not have") from error
+
+
+@dataclass(frozen=True, slots=True)
+class OffersRequest(_Request):
+    """Free: which ways there are to pay, and at what price."""
+
+    operation = Operation.OFFERS
+    _read = codec.fields()
+
+
+@dataclass(frozen=True, slots=True)
+class PayRequest(_Request):
+    """Pay for the voucher with this digest (32 bytes), whose secret the client chose.
+
+    `amount`: the tokens it shall be worth; with a proof that has a value of its own, the least
+    that are accepted for it. `proof`: what the method asks for, a Cashu token's text or nothing.
+    Repeating it takes no second payment, and tells how the first one is getting on.
+    """
+
+    operation = Operation.PAY
+    _read = codec.fields(_method, _digest, integer(1, MAX_DELTA), octets(0, MAX_PROOF))
+
+    method: Method
+    voucher: bytes
+    amount: int
+    proof: bytes = field(default=b"", repr=False)
+
+
 CredentialedRequest: TypeAlias = (
     IssueRequest
     | ReissueRequest
@@ -306,7 +355,9 @@ CredentialedRequest: TypeAlias = (
     | DeleteRequest
     | StoreEntryRequest
 )
-Request: TypeAlias = ParametersRequest | OpenEntryRequest | CredentialedRequest
+Request: TypeAlias = (
+    ParametersRequest | OpenEntryRequest | OffersRequest | PayRequest | CredentialedRequest
+)
 
 _REQUESTS: Final[dict[object, type[Request]]] = {
     kind.operation: kind
@@ -319,6 +370,8 @@ _REQUESTS: Final[dict[object, type[Request]]] = {
         DeleteRequest,
         StoreEntryRequest,
         OpenEntryRequest,
+        OffersRequest,
+        PayRequest,
     )
 }
 
@@ -411,6 +464,17 @@ class Reason(IntEnum):
     BAD_SIGNATURE = 13
     OLD_COUNTER = 14
     EPOCH_ENDED = 15
+    NOT_OFFERED = 16
+    BAD_TOKEN = 17
+    OTHER_MINT = 18
+    OTHER_UNIT = 19
+    TOO_LITTLE = 20
+    TOO_MUCH = 21
+    TOKEN_SPENT = 22
+    PAYMENT_UNSETTLED = 23
+    INVOICE_EXPIRED = 24
+    OTHER_AMOUNT = 25
+    MINT_LIES = 26
 
 
 def _fact(value: object) -> Fact:
@@ -551,10 +615,87 @@ class Entry:
         return _reply(self._kind, self.counter, self.digest, self.value, self.hours)
 
 
-Reply: TypeAlias = Refused | Parameters | Done | Spent | Entry
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A way to pay: `rate` tokens for 1,000 sat, from `least` to `most` tokens at a time.
+
+    `places`: the URLs of the mints whose tokens are taken; none for Lightning.
+    """
+
+    method: Method
+    rate: int
+    least: int
+    most: int
+    places: tuple[bytes, ...] = ()
+
+    def price(self, tokens: int) -> int:
+        """What so many tokens cost, in sat, rounded up."""
+        return -(-tokens * 1_000 // self.rate)
+
+    def tokens(self, sats: int) -> int:
+        """What so many sat buy, in tokens, rounded down."""
+        return sats * self.rate // 1_000
+
+
+_offer_fields = codec.fields(
+    _method,
+    integer(1, MAX_DELTA),
+    integer(1, MAX_DELTA),
+    integer(1, MAX_DELTA),
+    array(octets(1, MAX_PLACE), 0, MAX_PLACES),
+)
+
+
+def _offer(value: object) -> Offer:
+    return Offer(*_offer_fields(value))
+
+
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """All ways to pay that a server offers beside vouchers sold by hand."""
+
+    _kind: ClassVar = 5
+    _read: ClassVar = codec.fields(array(_offer, 0, MAX_OFFERS))
+
+    offers: tuple[Offer, ...]
+
+    def encode(self) -> bytes:
+        """The frame to send: REPLY_SIZE bytes."""
+        rows = [[getattr(one, name.name) for name in fields(one)] for one in self.offers]
+        return _reply(self._kind, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Payment:
+    """How a payment is getting on: the voucher will be, or if `paid` is, worth so many tokens.
+
+    `sats`: what it costs, 0 once it is paid; `seconds`: for how long `invoice` can be paid.
+    """
+
+    _kind: ClassVar = 6
+    _read: ClassVar = codec.fields(
+        integer(0, 1),
+        integer(1, MAX_DELTA),
+        integer(0, MAX_SATS),
+        octets(0, MAX_INVOICE),
+        integer(0, MAX_SECONDS),
+    )
+
+    paid: int
+    tokens: int
+    sats: int = 0
+    invoice: bytes = b""
+    seconds: int = 0
+
+    def encode(self) -> bytes:
+        """The frame to send: REPLY_SIZE bytes."""
+        return _reply(self._kind, self.paid, self.tokens, self.sats, self.invoice, self.seconds)
+
+
+Reply: TypeAlias = Refused | Parameters | Done | Spent | Entry | Offers | Payment
 
 _REPLIES: Final[dict[int, type[Reply]]] = {
-    kind._kind: kind for kind in (Refused, Parameters, Done, Spent, Entry)
+    kind._kind: kind for kind in (Refused, Parameters, Done, Spent, Entry, Offers, Payment)
 }
 
 

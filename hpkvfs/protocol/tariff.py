@@ -29,6 +29,8 @@ class Operation(IntEnum):
     DELETE = 5
     STORE_ENTRY = 6
     OPEN_ENTRY = 7
+    OFFERS = 8
+    PAY = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Tariff:
         """Tokens the operation adds to what was presented; negative for a price.
 
         ValueError for operations without a fixed amount: ISSUE takes its amount from the
-        voucher, PARAMETERS and OPEN_ENTRY concern no credentials.
+        voucher; PARAMETERS, OPEN_ENTRY, OFFERS and PAY concern no credentials.
         """
         match operation:
             case Operation.REISSUE:

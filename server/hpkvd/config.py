@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from hpkvd.epochs import Schedule
+from hpkvd.payments import Mints, Node, Prices
 from hpkvd.service import Limits
-from hpkvfs.protocol.messages import MAX_EPOCHS
+from hpkvfs.protocol.messages import MAX_DELTA, MAX_EPOCHS, MAX_PLACE, MAX_PLACES
 from hpkvfs.protocol.tariff import Tariff
 
 FILE: Final = "hpkvd.toml"
@@ -66,9 +67,29 @@ connections = {connections}      # at a time, of each worker
 queue = {queue}            # requests in work at a time; whoever comes then is told "busy"
 seconds = {seconds}            # for a request to arrive, and for a reply to leave
 stop_seconds = {stop_seconds}       # for the last answers when the server is stopped
+
+# Vouchers that customers pay for themselves (`hpkvfs buy`); docs/operator.md.
+[payments]
+tokens_per_ksat = {payments_tokens_per_ksat}   # what 1,000 sat buy
+least = {payments_least}               # tokens at a time
+most = {payments_most}
+open = {payments_open}              # payments begun and not settled; more are refused
+socks = "{payments_socks}"  # tor's SOCKS port, for mints and nodes with .onion addresses
+
+# Mints whose ecash is taken: you hold it until you take it out (`hpkvd takings`).
+[cashu]
+mints = {cashu_mints}              # ["https://mint.example"]
+
+# Who makes Lightning invoices: "cln" (clnrest), "lnd" (REST), "mint" (a Cashu mint), "": nobody.
+[lightning]
+kind = "{lightning_kind}"
+url = "{lightning_url}"
+secret_file = "{lightning_secret_file}"        # the rune (text) or macaroon (as LND wrote it)
+ca_file = "{lightning_ca_file}"            # the node's certificate, if it signed that itself
+expiry = {lightning_expiry}           # seconds for an invoice to be paid
 """
 
-T = TypeVar("T", Tariff, Limits, Schedule)
+T = TypeVar("T", Tariff, Limits, Schedule, Prices, Mints, Node)
 _PLAIN: Final = ("listen", "workers", "metrics", "ledger", "max_gib", "log", "reserve_mib")
 
 
@@ -90,12 +111,22 @@ class Config:
     epochs: Schedule = field(default_factory=Schedule)
     tariff: Tariff = field(default_factory=Tariff)
     limits: Limits = field(default_factory=Limits)
+    payments: Prices = field(default_factory=Prices)
+    cashu: Mints = field(default_factory=Mints)
+    lightning: Node = field(default_factory=Node)
 
     def render(self) -> str:
         """The file that load reads as this."""
         tables = {one.name: getattr(self.tariff, one.name) for one in fields(Tariff)}
         tables |= {one.name: getattr(self.limits, one.name) for one in fields(Limits)}
         tables |= {one.name: getattr(self.epochs, one.name) for one in fields(Schedule)}
+        for section in ("payments", "cashu", "lightning"):
+            values = getattr(self, section)
+            for one in fields(values):
+                value = getattr(values, one.name)
+                tables[f"{section}_{one.name}"] = (
+                    json.dumps(value)[1:-1] if isinstance(value, str) else json.dumps(value)
+                )
         plain = {name: getattr(self, name) for name in _PLAIN}
         plain["ledger"] = json.dumps(self.ledger)[1:-1]
         return TEMPLATE.format(**plain, **tables)
@@ -130,6 +161,9 @@ def _config(table: dict[str, Any]) -> Config:
         epochs=_section(table, "epochs", defaults.epochs),
         tariff=_section(table, "tariff", defaults.tariff),
         limits=_section(table, "limits", defaults.limits),
+        payments=_section(table, "payments", defaults.payments),
+        cashu=_section(table, "cashu", defaults.cashu),
+        lightning=_section(table, "lightning", defaults.lightning),
     )
     _refuse_rest(table)
     address(config.listen)
@@ -145,7 +179,36 @@ def _config(table: dict[str, Any]) -> Config:
         raise ConfigError("reserve_mib cannot be negative, nor any limit zero")
     if not 1 <= config.epochs.keep <= MAX_EPOCHS or not config.epochs.days >= 0:
         raise ConfigError(f"keep from 1 to {MAX_EPOCHS} epochs; their days cannot be negative")
+    _check_payments(config)
     return config
+
+
+def _check_payments(config: Config) -> None:
+    prices, node = config.payments, config.lightning
+    if not (1 <= prices.least <= prices.most <= MAX_DELTA and prices.open >= 1):
+        raise ConfigError(f"payments: 1 <= least <= most <= {MAX_DELTA}, and some may be open")
+    if not 1 <= prices.tokens_per_ksat <= MAX_DELTA:
+        raise ConfigError("payments.tokens_per_ksat must be positive")
+    if node.kind not in ("", "cln", "lnd", "mint"):
+        raise ConfigError('lightning.kind must be "cln", "lnd", "mint" or ""')
+    if node.kind and not 60 <= node.expiry <= 7 * 86_400:
+        raise ConfigError("an invoice can be paid for from a minute to a week (lightning.expiry)")
+    if node.kind in ("cln", "lnd") and not node.secret_file:
+        raise ConfigError("lightning.secret_file must name the file of the rune or macaroon")
+    urls = [*config.cashu.mints, *([node.url] if node.kind else [])]
+    if len(config.cashu.mints) > MAX_PLACES or any(
+        not isinstance(url, str) or len(url.encode()) > MAX_PLACE for url in urls
+    ):
+        raise ConfigError(f"at most {MAX_PLACES} mints, each a URL of at most {MAX_PLACE} bytes")
+    if not urls:
+        return
+    from hpkvd.payments.web import check_url  # not before it is needed: it loads an HTTP client
+
+    for url in urls:
+        try:
+            check_url(url)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _section(table: dict[str, Any], name: str, defaults: T) -> T:

@@ -38,6 +38,7 @@ from hpkvd.ledger import (
 )
 from hpkvd.log import Complaints
 from hpkvd.metrics import Meter
+from hpkvd.payments.cashier import Cashier
 from hpkvfs.protocol.credential import CredentialRequest, parse
 from hpkvfs.protocol.errors import BadProof, Malformed
 from hpkvfs.protocol.group import verify_signature
@@ -51,9 +52,11 @@ from hpkvfs.protocol.messages import (
     InsertRequest,
     IssueRequest,
     LookUpRequest,
+    OffersRequest,
     OpenEntryRequest,
     Outcome,
     ParametersRequest,
+    PayRequest,
     Reason,
     Refused,
     ReissueRequest,
@@ -82,16 +85,19 @@ class Handler:
         clock: Callable[[], float] = time.time,
         meter: Meter | None = None,
         queue: int = 256,
+        cashier: Cashier | None = None,
     ) -> None:
         """`clock`: seconds since 1970; breakglass entries have timers, nothing else has a time.
 
         `meter` counts what is answered. With `queue` requests in work, others are told "busy".
+        `cashier`: ways to pay beside vouchers sold by hand.
         """
         self._epochs = epochs
         self._ledger = ledger
         self._clock = clock
         self._meter = meter or Meter()
         self._queue = queue
+        self._cashier = cashier or Cashier(ledger, {}, clock)
         self._working = 0
         self._complaints = Complaints()
 
@@ -136,6 +142,10 @@ class Handler:
             return self._parameters(request)
         if isinstance(request, OpenEntryRequest):
             return await self._open_entry(request)
+        if isinstance(request, OffersRequest):
+            return self._cashier.offers
+        if isinstance(request, PayRequest):
+            return await self._cashier.pay(request)
         epochs = self._epochs
         epoch = epochs.find(request.epoch)
         if epoch is None:
@@ -208,6 +218,12 @@ class Handler:
         return int(self._clock()) // SECONDS_PER_HOUR
 
     async def keep_time(self) -> None:
+        """What is due by the hour, of entries and payments; until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._cashier.keep_time)
+            nursery.start_soon(self._drop_entries)
+
+    async def _drop_entries(self) -> None:
         """Once an hour, delete the entries whose timers have fired; until cancelled."""
         while True:
             with suppress(LedgerError):

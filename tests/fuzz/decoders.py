@@ -5,6 +5,7 @@ A decoder whose encoding is canonical has `encode`: what it decodes is encoded t
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
@@ -22,6 +23,7 @@ from hpkvd.config import Config, ConfigError
 from hpkvd.epochs import EpochError
 from hpkvd.ledger import LedgerError
 from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.payments.cashu import Order
 from hpkvfs import breakglass as notes
 from hpkvfs.address import Address
 from hpkvfs.cache import BlobCache
@@ -30,6 +32,7 @@ from hpkvfs.fs.layer import Gone, Put, Usage, Write
 from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.protocol import codec
 from hpkvfs.protocol.credential import Credential, Draft, Issuer, IssuerParameters, parse, prepare
+from hpkvfs.protocol.ecash import Token
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.errors import Malformed, ProtocolError
 from hpkvfs.protocol.group import Point, SigningKey
@@ -40,9 +43,15 @@ from hpkvfs.protocol.messages import (
     InsertRequest,
     IssueRequest,
     LookUpRequest,
+    Method,
+    Offer,
+    Offers,
+    OffersRequest,
     Outcome,
     Parameters,
     ParametersRequest,
+    Payment,
+    PayRequest,
     Reason,
     Refused,
     ReissueRequest,
@@ -122,6 +131,9 @@ def _requests() -> tuple[bytes, ...]:
         LookUpRequest(digest, key, two),
         InsertRequest(digest, key, CHANCE.randbytes(BLOB_SIZE), two),
         DeleteRequest(digest, key, bytes(32), bytes(64), two),
+        OffersRequest(),
+        PayRequest(Method.CASHU, bytes(32), 990, b"cashuB"),
+        PayRequest(Method.LIGHTNING, bytes(32), 1),
     )
     return tuple(one.encode() for one in requests)
 
@@ -138,6 +150,8 @@ def _replies() -> tuple[bytes, ...]:
         Done(stored.fact, issued),
         Spent((stored,)),
         Spent((stored, replace(stored, fingerprint=bytes([1]) * 32))),
+        Offers((Offer(Method.CASHU, 10_000, 1, 100, (b"https://mint",)),)),
+        Payment(0, 990, 99, b"lnbc1", 600),
     )
     return tuple(one.encode() for one in replies)
 
@@ -206,7 +220,38 @@ def _wire() -> dict[str, Decoder]:
             lambda raw: Voucher.parse(raw.decode("latin-1")),
             (ValueError,),
         ),
+        "cashu tokens": Decoder(
+            _tokens(), lambda raw: Token.decode(raw.decode("latin-1")), (Malformed,)
+        ),
+        "cashu tokens, inside": Decoder(
+            tuple(_inside(text) for text in _tokens()),
+            lambda raw: Token.decode(f"cashu{'A' if raw[:1] == b'{' else 'B'}{_outside(raw)}"),
+            (Malformed,),
+        ),
+        "cashu orders": Decoder(
+            (Order("https://mint", "00ad", 99, bytes(32), "cashuB").encode(),),
+            Order.decode,
+            (Malformed, UnicodeDecodeError),
+            lambda one: one.encode(),
+            _same,
+            _same,
+        ),
     }
+
+
+def _tokens() -> tuple[bytes, ...]:
+    coin = {"amount": 4, "id": "00ad268c4d1f5826", "secret": "a secret", "C": "02" + "ab" * 32}
+    form = {"token": [{"mint": "https://mint", "proofs": [coin]}], "unit": "sat"}
+    third = "cashuA" + base64.urlsafe_b64encode(json.dumps(form).encode()).decode()
+    return third.encode(), Token.decode(third).encode().encode()
+
+
+def _inside(text: bytes) -> bytes:
+    return base64.urlsafe_b64decode(text[6:] + b"=" * (-len(text[6:]) % 4))
+
+
+def _outside(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode()
 
 
 # -- blobs -----------------------------------------------------------------------------------

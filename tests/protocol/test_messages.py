@@ -21,10 +21,16 @@ from hpkvfs.protocol.messages import (
     InsertRequest,
     IssueRequest,
     LookUpRequest,
+    Method,
+    Offer,
+    Offers,
+    OffersRequest,
     OpenEntryRequest,
     Outcome,
     Parameters,
     ParametersRequest,
+    Payment,
+    PayRequest,
     Reason,
     Refused,
     ReissueRequest,
@@ -54,6 +60,17 @@ credentials = st.integers(1, messages.MAX_CREDENTIALS).map(lambda size: b"c" * s
 issued = st.integers(1, messages.MAX_ISSUED).map(lambda size: b"i" * size)
 deltas = st.integers(-messages.MAX_DELTA, messages.MAX_DELTA)
 
+methods = st.sampled_from(Method)
+amounts = st.integers(1, messages.MAX_DELTA)
+offers = st.builds(
+    Offer,
+    methods,
+    amounts,
+    amounts,
+    amounts,
+    st.lists(st.binary(min_size=1, max_size=50), max_size=3).map(tuple),
+)
+
 paid: st.SearchStrategy[Any] = st.one_of(
     st.builds(IssueRequest, digests, exactly(20), st.integers(1, messages.MAX_DELTA), credentials),
     st.builds(ReissueRequest, digests, st.sampled_from([0, 2]), st.none(), credentials),
@@ -66,6 +83,8 @@ paid: st.SearchStrategy[Any] = st.one_of(
 requests: st.SearchStrategy[Any] = (
     st.builds(ParametersRequest, st.none() | digests)
     | st.builds(OpenEntryRequest, keys, digests, exactly(64))
+    | st.builds(OffersRequest)
+    | st.builds(PayRequest, methods, digests, amounts, st.binary(max_size=200))
     | paid
 )
 
@@ -85,6 +104,15 @@ replies: st.SearchStrategy[Any] = st.one_of(
     st.builds(Done, st.just(Fact(Operation.LOOK_UP, Outcome.FOUND, -1)), issued, blobs),
     st.builds(
         Entry, counters, digests, st.none() | entries, st.none() | st.integers(0, HOURS_LIMIT + 1)
+    ),
+    st.builds(Offers, st.lists(offers, max_size=3).map(tuple)),
+    st.builds(
+        Payment,
+        st.integers(0, 1),
+        amounts,
+        st.integers(0, messages.MAX_SATS),
+        st.binary(max_size=300),
+        st.integers(0, messages.MAX_SECONDS),
     ),
     st.builds(
         Spent,
@@ -114,6 +142,10 @@ def test_the_largest_of_each_fit() -> None:
     InsertRequest(digest, key, blob, most).encode()
     Done(fact, reply, blob).encode()
     Spent((StoredFact(digest, fact, reply),) * 2).encode()
+    PayRequest(Method.CASHU, digest, messages.MAX_DELTA, bytes(messages.MAX_PROOF)).encode()
+    places = (bytes(messages.MAX_PLACE),) * messages.MAX_PLACES
+    Offers((Offer(Method.CASHU, 1, 1, 1, places), Offer(Method.LIGHTNING, 1, 1, 1))).encode()
+    Payment(1, 1, messages.MAX_SATS, bytes(messages.MAX_INVOICE), messages.MAX_SECONDS).encode()
     most = (digest,) * messages.MAX_EPOCHS
     Parameters(bytes(messages.MAX_PARAMETERS), most, digest, bytes(64)).encode()
 
@@ -198,7 +230,7 @@ def test_a_voucher_is_worth_at_least_one_token(amount: object) -> None:
         [0],
         [0, 2],
         [0, 0, 0],
-        [0, 16, 0],
+        [0, 27, 0],
         [0, 2, -1],
         [0, 2, 3_601],
         [4, 0, bytes(32), None, None],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,19 +17,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpkvd.ledger import (
+    Begin,
     Change,
     Delete,
     Engine,
+    GiveUp,
     Insert,
     Known,
+    Paid,
     Read,
     Redeem,
+    Sale,
+    Settle,
+    Taking,
     Totals,
     Transaction,
     Verdict,
 )
 from hpkvd.ledger.urls import create
-from hpkvfs.protocol.messages import Done, Fact, Outcome, Reason, Refused
+from hpkvfs.protocol.messages import Done, Fact, Method, Outcome, Reason, Refused
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 from tests.server.ledgers import (
@@ -267,7 +273,7 @@ async def test_the_books_are_those_of_what_happened(funded: Engine) -> None:
     await funded.apply(transaction("b", Read(key("x")), "s3", "s4"))
     await funded.apply(transaction("c", delete("x"), "s5", "s6"))
     await funded.apply(transaction("d", None, "s7", "s8"))
-    assert funded.totals() == Totals(
+    assert funded.totals() == _totals(
         issued=1_000_000,
         charged=11,
         refunded=8,
@@ -388,3 +394,75 @@ async def test_an_epoch_that_ended_is_refused_and_forgotten(funded: Engine) -> N
     assert funded.totals() == replace(before, requests=1, serials=2)
     assert outcome(await funded.apply(late)) is Outcome.INSERTED
     assert await funded.read(key("x")) == blob("x")
+
+
+def _totals(**counts: int) -> Totals:
+    """The rest is 0: nothing was paid for but by vouchers made here."""
+    return Totals(**dict.fromkeys((one.name for one in fields(Totals)), 0) | counts)
+
+
+# -- payments --------------------------------------------------------------------------------
+
+BOUGHT = Sale(name("voucher"), Method.CASHU, 990, 99, 7, b"a seed and a token")
+TAKEN = (Taking(64, "cashuBone"), Taking(35, "cashuBtwo"))
+
+
+async def test_a_sale_is_kept_until_it_is_settled(ledger: Engine) -> None:
+    assert await ledger.sale(BOUGHT.voucher) is None
+    assert await ledger.account(Begin(BOUGHT)) == BOUGHT
+    other = replace(BOUGHT, tokens=1, data=b"another try")
+    assert await ledger.account(Begin(other)) == BOUGHT  # the first one counts
+    assert await ledger.sale(BOUGHT.voucher) == BOUGHT
+    assert (await ledger.sales(6), await ledger.sales(7)) == ([], [BOUGHT])
+    assert await ledger.open_sales() == ledger.totals().sales == 1
+
+
+async def test_settling_makes_one_voucher_that_is_redeemed_like_any(ledger: Engine) -> None:
+    await ledger.account(Begin(BOUGHT))
+    redeem = transaction("redeem", Redeem(BOUGHT.voucher, BOUGHT.tokens))
+    assert outcome(await ledger.apply(redeem)) is Reason.UNKNOWN_VOUCHER
+    for _ in range(2):
+        assert await ledger.account(Settle(BOUGHT, TAKEN)) == Paid(990)
+    assert await ledger.account(Begin(BOUGHT)) == Paid(990)
+    assert await ledger.account(GiveUp(BOUGHT.voucher)) == Paid(990)
+    totals = ledger.totals()
+    assert (totals.cashu_tokens, totals.cashu_sats, totals.sales) == (990, 99, 0)
+    assert (totals.vouchers, totals.voucher_amount) == (1, 990)
+    assert (totals.takings, totals.takings_sats) == (2, 99)
+    assert outcome(await ledger.apply(redeem)) is Outcome.ISSUED
+    assert await ledger.sale(BOUGHT.voucher) == Paid(990)
+    again = transaction("again", Redeem(BOUGHT.voucher, BOUGHT.tokens))
+    assert outcome(await ledger.apply(again)) is Reason.VOUCHER_SPENT
+    assert ledger.totals().issued == 990
+
+
+async def test_a_sale_that_is_given_up_leaves_nothing(ledger: Engine) -> None:
+    await ledger.account(Begin(BOUGHT))
+    assert await ledger.account(GiveUp(BOUGHT.voucher)) is None
+    assert await ledger.sale(BOUGHT.voucher) is None
+    assert ledger.totals().vouchers == 0
+
+
+async def test_what_many_settle_at_a_time_is_sold_once(ledger: Engine) -> None:
+    await ledger.account(Begin(BOUGHT))
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(ledger.account, Settle(BOUGHT, TAKEN))
+    assert ledger.totals().voucher_amount == ledger.totals().cashu_tokens == 990
+    assert ledger.totals().takings == 2
+
+
+async def test_ecash_is_taken_out_once_or_again_when_asked(ledger: Engine) -> None:
+    await ledger.account(Settle(BOUGHT, TAKEN))
+    assert set(ledger.takings()) == set(TAKEN)
+    ledger.mark_taken(TAKEN[:1])
+    assert ledger.takings() == [TAKEN[1]]
+    assert set(ledger.takings(again=True)) == set(TAKEN)
+    assert ledger.totals().takings_sats == 35
+
+
+async def test_payments_are_there_when_the_ledger_is_opened_again(url: str) -> None:
+    async with opened(url) as ledger:
+        await ledger.account(Begin(BOUGHT))
+    async with opened(url) as ledger:
+        assert await ledger.sale(BOUGHT.voucher) == BOUGHT

@@ -184,6 +184,18 @@ def test_a_ledger_is_made_once_and_known_by_its_schema(url: str) -> None:
         PostgresqlLedger(url)
 
 
+def test_a_ledger_of_before_payments_is_given_their_tables(url: str) -> None:
+    create(url)
+    with psycopg.connect(url) as connection:
+        for table in ("sale", "taking", "sold"):
+            connection.execute(f"DROP TABLE {table}".encode())
+        connection.execute("UPDATE hpkvd SET version = 4")
+    for _ in range(2):
+        ledger = PostgresqlLedger(url)
+        assert ledger.totals().cashu_tokens == 0
+        ledger.close()
+
+
 def test_commits_are_durable_whatever_the_database_does_by_default(url: str) -> None:
     create(url)
     with psycopg.connect(url, autocommit=True) as connection:

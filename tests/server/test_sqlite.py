@@ -179,7 +179,7 @@ async def test_the_order_of_rows_is_not_the_order_of_arrival(funded: SqliteLedge
 
 async def test_no_record_joins_a_key_to_a_serial(funded: SqliteLedger) -> None:
     """What a seized disk tells: the tables have no column in common but the fingerprint."""
-    tables = ("request", "serial", "blob", "voucher", "entry")
+    tables = ("request", "serial", "blob", "voucher", "entry", "sale", "taking")
     columns = {
         table: {row[1] for row in funded._read.execute(f"PRAGMA table_info({table})")}
         for table in tables
@@ -187,6 +187,8 @@ async def test_no_record_joins_a_key_to_a_serial(funded: SqliteLedger) -> None:
     assert columns["blob"] == {"id", "key", "digest", "blob"}
     assert columns["serial"] == {"serial", "fingerprint"}
     assert columns["voucher"] == {"digest", "amount", "spent"}
+    assert columns["sale"] == {"voucher", "method", "tokens", "sats", "due", "data"}
+    assert columns["taking"] == {"digest", "sats", "taken", "token"}
     assert columns["entry"] == {
         "key", "epoch", "counter", "digest", "value", "hours", "gone_at",
     }  # fmt: skip
@@ -197,7 +199,8 @@ async def test_no_record_joins_a_key_to_a_serial(funded: SqliteLedger) -> None:
 
 async def test_a_ledger_without_room_for_entries_is_given_it(path: Path) -> None:
     connection = sqlite3.connect(path)
-    connection.executescript("DROP TABLE entry; DROP TABLE ended; PRAGMA user_version = 1;")
+    later = "".join(f"DROP TABLE {n};" for n in ("entry", "ended", "sale", "taking", "sold"))
+    connection.executescript(f"{later} PRAGMA user_version = 1;")
     connection.close()
     async with opened(f"sqlite://{path}") as ledger:
-        assert ledger.totals().entries == 0
+        assert ledger.totals().entries == ledger.totals().sales == 0

@@ -9,8 +9,6 @@ from hpkvfs.protocol.errors import Malformed
 from hpkvfs.protocol.messages import (
     CredentialedRequest,
     Done,
-    OpenEntryRequest,
-    ParametersRequest,
     decode_reply,
     decode_request,
 )
@@ -33,7 +31,7 @@ class Watcher:
             request = decode_request(frame)
         except Malformed as error:
             raise AssertionError("a client sent what no server reads") from error
-        if isinstance(request, ParametersRequest | OpenEntryRequest) or not request.presented:
+        if not isinstance(request, CredentialedRequest) or not request.presented:
             return
         serials = handler.parse(request.credentials, request.presented).serials
         self._link(request, serials)

@@ -7,11 +7,13 @@ SIGHUP            replace the workers one by one, with new settings and epochs
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -34,7 +36,9 @@ from hpkvd.commands import (
 )
 from hpkvd.config import Config, ConfigError
 from hpkvd.handler import Handler
+from hpkvd.ledger import Ledger
 from hpkvd.metrics import Board, Meter
+from hpkvd.payments import cashier
 from hpkvd.serving import Address
 from hpkvd.supervisor import Channel, Supervisor
 from hpkvfs import tor
@@ -323,15 +327,34 @@ async def _answer(
     ledger = open_ledger(data, config, url)
     try:
         with custody.in_use(ledger_url(data, config, url)):
-            async with ledger.serving(), trio.open_nursery() as nursery:
+            async with (
+                ledger.serving(),
+                _cashier(data, config, ledger) as desk,
+                trio.open_nursery() as nursery,
+            ):
                 keeper = rotation(data, ledger)
                 epochs = keeper.load(config)
-                handler = Handler(epochs, ledger, meter=meter, queue=config.limits.queue)
+                queue = config.limits.queue
+                handler = Handler(epochs, ledger, meter=meter, queue=queue, cashier=desk)
                 nursery.start_soon(keeper.run, handler, epochs)
                 await serving.answer(sockets, handler, config.limits, stop, ready)
                 nursery.cancel_scope.cancel()
     finally:
         ledger.close()
+
+
+def _cashier(
+    data: Path, config: Config, ledger: Ledger
+) -> AbstractAsyncContextManager[cashier.Cashier]:
+    return cashier.opened(
+        data,
+        config.payments,
+        config.cashu,
+        config.lightning,
+        ledger,
+        secrets.token_bytes,
+        time.time,
+    )
 
 
 async def _signals(

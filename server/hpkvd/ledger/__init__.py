@@ -13,7 +13,8 @@ happens as a whole, once, and durably before anybody hears of it. Therefore:
 
 The ledger is the only judge: whatever a handler saw before is checked again inside the
 transaction. No record holds a time, and none that outlives a request holds both a serial and a
-storage key. (Except that a breakglass entry which was opened has the hour at which it goes.)
+storage key. (Except that a breakglass entry which was opened has the hour at which it goes, and
+a sale that is not settled the hour from which on it may be given up.)
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Protocol, TypeAlias
 
-from hpkvfs.protocol.messages import Done, Reason, Refused, StoredFact
+from hpkvfs.protocol.messages import Done, Method, Reason, Refused, StoredFact
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 
@@ -130,6 +132,64 @@ class Opening:
     now: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sale:
+    """A payment that was begun and is not settled: of the voucher with this digest.
+
+    `sats`: what it brings; `data`: what the method needs to go on after a crash, such as the seed
+    of the coins that it asks a mint for; `due`: the hour from which on it is looked at again.
+    """
+
+    voucher: bytes
+    method: Method
+    tokens: int
+    sats: int
+    due: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Taking:
+    """Ecash that a payment brought: `text` is a token, money to whoever has it."""
+
+    sats: int
+    text: str = field(repr=False)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the token."""
+        return sha256(self.text.encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Keep a sale durably before anything is asked of anybody; answered with what is kept."""
+
+    sale: Sale
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """The sale was paid: its voucher can be redeemed, and `takings` are the operator's."""
+
+    sale: Sale
+    takings: tuple[Taking, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Forget a sale that nobody can pay any more."""
+
+    voucher: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Paid:
+    """A voucher of so many tokens is there, redeemed or not."""
+
+    tokens: int
+
+
 Verdict: TypeAlias = Done | Refused | Known
 
 
@@ -147,6 +207,13 @@ class Totals:
     entries: int
     vouchers: int
     voucher_amount: int
+    cashu_tokens: int
+    cashu_sats: int
+    lightning_tokens: int
+    lightning_sats: int
+    sales: int
+    takings: int
+    takings_sats: int
 
 
 class Ledger(Protocol):
@@ -192,6 +259,25 @@ class Ledger(Protocol):
         """Delete what is gone by now from the disk too."""
         ...
 
+    async def sale(self, voucher: bytes) -> Sale | Paid | None:
+        """How far paying for the voucher with this digest is."""
+        ...
+
+    async def account(self, job: Begin | Settle | GiveUp) -> Sale | Paid | None:
+        """Keep, settle or forget a sale; what is there then, durably.
+
+        Settling twice changes nothing, and neither does beginning what was begun or is paid.
+        """
+        ...
+
+    async def sales(self, now: int) -> list[Sale]:
+        """The sales that are due at this hour."""
+        ...
+
+    async def open_sales(self) -> int:
+        """How many sales are not settled."""
+        ...
+
 
 class Desk(Protocol):
     """What the operator's commands need, while a server runs or not; may raise LedgerError."""
@@ -202,6 +288,14 @@ class Desk(Protocol):
 
     def totals(self) -> Totals:
         """One consistent view of the books."""
+        ...
+
+    def takings(self, *, again: bool = False) -> list[Taking]:
+        """Ecash that was not taken out yet, or (`again`) all that ever came in."""
+        ...
+
+    def mark_taken(self, takings: Sequence[Taking]) -> None:
+        """These were taken out; durable on return."""
         ...
 
 

@@ -39,33 +39,40 @@ import trio
 from psycopg import errors
 
 from hpkvd.ledger import (
+    Begin,
     Change,
     Delete,
+    GiveUp,
     Insert,
     Known,
     LedgerBusy,
     LedgerError,
     LedgerFull,
     Opening,
+    Paid,
     Read,
     Redeem,
+    Sale,
+    Settle,
     StoredEntry,
     StoreEntry,
+    Taking,
     Totals,
     Transaction,
     Verdict,
     rules,
     sweep,
+    till,
 )
 from hpkvd.ledger.group import Group
-from hpkvd.ledger.rules import Drop, Job, Posting, Result, Retire
+from hpkvd.ledger.rules import Account, Drop, Job, Posting, Result, Retire
 from hpkvd.ledger.sweep import Sweep
 from hpkvd.log import Complaints
 from hpkvfs.protocol.messages import Done, Fact, Outcome, Reason, Refused, StoredFact
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 SWEEP_ROWS: Final = 500
 FAILOVER_SECONDS: Final = 20.0
 CONNECT_SECONDS: Final = 3
@@ -140,6 +147,7 @@ _VOUCHERS: Final = "SELECT digest, amount, spent FROM voucher WHERE digest = ANY
 _ENTRIES: Final = """
 SELECT key, hours, counter, digest, value, gone_at FROM entry WHERE key = ANY(%b)
 """
+_SALES: Final = f"{till.SALE} WHERE voucher = ANY(%b)"
 _FOR_UPDATE: Final = " ORDER BY 1 FOR UPDATE"
 _RECORD: Final = """
 INSERT INTO request (fingerprint, epoch, operation, outcome, delta, issued)
@@ -157,11 +165,11 @@ UPDATE books SET issued = issued + %b, charged = charged + %b, refunded = refund
 _STORE_ENTRY: Final = """
 INSERT INTO entry (key, epoch, counter, digest, value, hours) VALUES (%b, %b, %b, %b, %b, %b)
 """
-_TOTALS: Final = """
+_TOTALS: Final = f"""
 SELECT issued, charged, refunded, outstanding, requests, serials, blobs,
     (SELECT count(*) FROM entry),
     (SELECT count(*) FROM voucher WHERE spent = 0),
-    (SELECT coalesce(sum(amount), 0)::bigint FROM voucher WHERE spent = 0)
+    (SELECT coalesce(sum(amount), 0)::bigint FROM voucher WHERE spent = 0), {till.TOTALS}
 FROM books
 """
 
@@ -200,8 +208,13 @@ class _EntryAt:
     now: int
 
 
-_Question: TypeAlias = _Recall | _Check | _Blob | _EntryAt
-_Answer: TypeAlias = Known | Reason | bytes | StoredEntry | None
+@dataclass(frozen=True, slots=True)
+class _PaidFor:
+    voucher: bytes
+
+
+_Question: TypeAlias = _Recall | _Check | _Blob | _EntryAt | _PaidFor
+_Answer: TypeAlias = Known | Reason | bytes | StoredEntry | Sale | Paid | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +233,7 @@ class _Needs:
         self.doomed: set[bytes] = set()
         self.blobs: set[bytes] = set()
         self.vouchers: set[bytes] = set()
+        self.sales: set[bytes] = set()
         self.entries: set[bytes] = set()
 
     def job(self, job: Job | _Question) -> None:
@@ -237,8 +251,16 @@ class _Needs:
                 self.blobs.add(key)
             case Opening(key) | _EntryAt(key):
                 self.entries.add(key)
+            case Begin(sale) | Settle(sale):
+                self._payment(sale.voucher)
+            case GiveUp(voucher) | _PaidFor(voucher):
+                self._payment(voucher)
             case Drop() | Retire():
                 pass
+
+    def _payment(self, voucher: bytes) -> None:
+        self.vouchers.add(voucher)
+        self.sales.add(voucher)
 
     def _request(self, fingerprint: bytes, serials: Iterable[bytes]) -> None:
         self.fingerprints.add(fingerprint)
@@ -267,6 +289,7 @@ class _Sheet:
         self._digests: dict[bytes, bytes] = {}
         self._blobs: dict[bytes, bytes] = {}
         self._vouchers: dict[bytes, tuple[int, bool]] = {}
+        self._sales: dict[bytes, Sale] = {}
         self._entries: dict[bytes, _StoredRow] = {}
         self.oldest_epoch = 0
         self._recorded: list[tuple[Transaction, Fact]] = []
@@ -282,6 +305,7 @@ class _Sheet:
             (_DIGESTS + more, needs.doomed, self._digests.__setitem__),
             (_BLOBS, needs.blobs, self._blobs.__setitem__),
             (_VOUCHERS + more, needs.vouchers, self._add_voucher),
+            (_SALES + more, needs.sales, self._add_sale),
             (_ENTRIES + more, needs.entries, self._add_entry),
         ]
         asked = []
@@ -310,6 +334,10 @@ class _Sheet:
 
     def _add_voucher(self, digest: bytes, amount: int, spent: int) -> None:
         self._vouchers[digest] = amount, bool(spent)
+
+    def _add_sale(self, *row: Any) -> None:
+        sale = till.stored(*row)
+        self._sales[sale.voucher] = sale
 
     def _add_entry(self, key: bytes, hours: int, *stored: Any) -> None:
         self._entries[key] = _StoredRow(hours, StoredEntry(*stored))
@@ -341,7 +369,32 @@ class _Sheet:
             return None
         return row.stored
 
+    def sale(self, voucher: bytes) -> Sale | None:
+        """See rules.Reading."""
+        return self._sales.get(voucher)
+
     # rules.Tables
+
+    def put_sale(self, sale: Sale) -> None:
+        """See rules.Tables."""
+        self._sales[sale.voucher] = sale
+        self._till(till.putting(sale))
+
+    def drop_sale(self, voucher: bytes) -> None:
+        """See rules.Tables."""
+        self._sales.pop(voucher, None)
+        self._till(till.dropping(voucher))
+
+    def settle(self, settlement: Settle) -> None:
+        """See rules.Tables."""
+        bought = settlement.sale
+        self._vouchers[bought.voucher] = bought.tokens, False
+        for statement in till.settling(settlement):
+            self._till(statement)
+
+    def _till(self, statement: till.Statement) -> None:
+        text, parameters = statement
+        self._later(text.replace("?", "%b"), *parameters)
 
     def put_blob(self, insert: Insert) -> None:
         """See rules.Tables."""
@@ -518,7 +571,7 @@ class PostgresqlLedger:
         with translated(), connect(url, autocommit=False) as connection:
             if _version(connection) is not None:
                 raise LedgerError("the database has a ledger already")
-            connection.execute((SCHEMA + sweep.SCHEMA).encode())
+            connection.execute((SCHEMA + sweep.SCHEMA + till.schema("BYTEA")).encode())
             connection.execute(
                 "INSERT INTO hpkvd (id, version, state) VALUES (0, %s, 'ready')", (SCHEMA_VERSION,)
             )
@@ -550,6 +603,17 @@ class PostgresqlLedger:
             row = connection.execute(_TOTALS).fetchone()
             assert row is not None
             return Totals(*row)
+
+    def takings(self, *, again: bool = False) -> list[Taking]:
+        """Ecash that was not taken out yet, or (`again`) all that ever came in."""
+        with translated(), connect(self._url, autocommit=True) as connection:
+            return till.takings(connection, again=again)
+
+    def mark_taken(self, takings: Sequence[Taking]) -> None:
+        """These were taken out; durable on return."""
+        with translated(), connect(self._url, autocommit=False) as connection:
+            till.mark_taken(connection, takings, "%b")
+            connection.commit()
 
     # -- Ledger -------------------------------------------------------------------------------
 
@@ -590,6 +654,33 @@ class PostgresqlLedger:
         opened = await self._writing.submit(opening)
         assert opened is None or isinstance(opened, StoredEntry)
         return opened
+
+    async def sale(self, voucher: bytes) -> Sale | Paid | None:
+        """How far paying for the voucher with this digest is."""
+        answer = await self._reading.submit(_PaidFor(voucher))
+        assert answer is None or isinstance(answer, Sale | Paid)
+        return answer
+
+    async def account(self, job: Account) -> Sale | Paid | None:
+        """Keep, settle or forget a sale; what is there then, durably."""
+        found = await self._writing.submit(job)
+        assert found is None or isinstance(found, Sale | Paid)
+        return found
+
+    async def sales(self, now: int) -> list[Sale]:
+        """The sales that are due at this hour."""
+        query = f"{till.SALE} WHERE due <= %b".encode()
+        rows = await trio.to_thread.run_sync(self._rows, query, (now,))
+        return [till.stored(*row) for row in rows]
+
+    async def open_sales(self) -> int:
+        """How many sales are not settled."""
+        rows = await trio.to_thread.run_sync(self._rows, b"SELECT count(*) FROM sale", ())
+        return int(rows[0][0])
+
+    def _rows(self, query: bytes, what: tuple[int, ...]) -> list[tuple[Any, ...]]:
+        with translated(), connect(self._url, autocommit=True) as connection:
+            return connection.execute(query, what, binary=True).fetchall()
 
     async def drop_entries(self, now: int) -> None:
         """Delete what is gone by now from the disk too."""
@@ -690,6 +781,8 @@ def _answered(sheet: _Sheet, question: _Question, full: bool) -> _Answer:
             return sheet.blob(key)
         case _EntryAt(key, now):
             return sheet.entry(key, now)
+        case _PaidFor(voucher):
+            return rules.paid_for(sheet, voucher)
 
 
 def connect(url: str, *, autocommit: bool, name: str = "hpkvd") -> Connection:
@@ -727,8 +820,9 @@ def check_version(connection: Connection) -> None:
         )
     row = connection.execute("SELECT state FROM hpkvd").fetchone()
     if version < SCHEMA_VERSION:
-        connection.execute(f"BEGIN; {sweep.SCHEMA} COMMIT;".encode())
-        connection.execute("UPDATE hpkvd SET version = %s", (SCHEMA_VERSION,))
+        added = "".join((sweep.SCHEMA, till.schema("BYTEA"))[max(0, version - 3) :])
+        noted = f"UPDATE hpkvd SET version = {SCHEMA_VERSION};"
+        connection.execute(f"BEGIN; {added} {noted} COMMIT;".encode())
     if row == ("filling",):
         raise LedgerError("this ledger is not complete; run `hpkvd migrate` again, to its end")
     if row == ("moved",):

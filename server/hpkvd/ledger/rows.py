@@ -40,10 +40,13 @@ TABLES: Final = (
     Table("blob", ("key", "digest", "blob")),
     Table("voucher", ("digest", "amount", "spent")),
     Table("entry", ("key", "epoch", "counter", "digest", "value", "hours", "gone_at")),
+    Table("sale", ("voucher", "method", "tokens", "sats", "due", "data")),
+    Table("taking", ("digest", "sats", "taken", "token")),
 )
 # Tables of one row, taken over last: they say that all the rest is there.
 SINGLE: Final = (
     Table("ended", ("id", "oldest", "swept")),
+    Table("sold", ("id", "cashu_tokens", "cashu_sats", "lightning_tokens", "lightning_sats")),
     Table(
         "books",
         (
@@ -187,6 +190,7 @@ def compare(source: Rows, target: Rows) -> None:
     sums = (
         "SELECT coalesce(sum(delta), 0), coalesce(sum(epoch), 0) FROM request",
         "SELECT coalesce(sum(amount), 0), coalesce(sum(spent), 0) FROM voucher",
+        "SELECT coalesce(sum(sats), 0), coalesce(sum(taken), 0) FROM taking",
     )
     queries = [f"SELECT count(*) FROM {table.name}" for table in TABLES]
     queries += [*sums, *(f"SELECT {', '.join(t.columns)} FROM {t.name}" for t in SINGLE)]

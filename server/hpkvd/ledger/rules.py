@@ -16,13 +16,18 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from hpkvd.ledger import (
+    Begin,
     Change,
     Delete,
+    GiveUp,
     Insert,
     Known,
     Opening,
+    Paid,
     Read,
     Redeem,
+    Sale,
+    Settle,
     StoredEntry,
     StoreEntry,
     Transaction,
@@ -46,8 +51,9 @@ class Retire:
     oldest: int
 
 
-Job: TypeAlias = Transaction | Opening | Drop | Retire
-Result: TypeAlias = Verdict | StoredEntry | None
+Account: TypeAlias = Begin | Settle | GiveUp
+Job: TypeAlias = Transaction | Opening | Drop | Retire | Account
+Result: TypeAlias = Verdict | StoredEntry | Sale | Paid | None
 
 
 @dataclass(slots=True)
@@ -97,6 +103,10 @@ class Reading(Protocol):
         """The breakglass entry under a key, unless its timer has fired."""
         ...
 
+    def sale(self, voucher: bytes) -> Sale | None:
+        """The unsettled sale of a voucher."""
+        ...
+
 
 class Tables(Reading, Protocol):
     """Rows that can be changed; what is changed can be read at once."""
@@ -115,6 +125,18 @@ class Tables(Reading, Protocol):
 
     def spend_voucher(self, digest: bytes) -> None:
         """It is unspent."""
+        ...
+
+    def put_sale(self, sale: Sale) -> None:
+        """There is none of its voucher."""
+        ...
+
+    def drop_sale(self, voucher: bytes) -> None:
+        """If there is one."""
+        ...
+
+    def settle(self, settlement: Settle) -> None:
+        """Make its voucher, of which there is none; keep its takings; add to what was sold."""
         ...
 
     def put_entry(self, entry: StoreEntry, epoch: int) -> None:
@@ -160,6 +182,28 @@ def perform(tables: Tables, job: Job, posting: Posting) -> Result:
         case Drop(now):
             tables.drop_entries(now)
             return None
+        case Begin() | Settle() | GiveUp():
+            _account(tables, job)
+            return paid_for(tables, job.voucher if isinstance(job, GiveUp) else job.sale.voucher)
+
+
+def paid_for(tables: Reading, voucher: bytes) -> Sale | Paid | None:
+    """How far paying for a voucher is."""
+    stored = tables.voucher(voucher)
+    return tables.sale(voucher) if stored is None else Paid(stored[0])
+
+
+def _account(tables: Tables, job: Account) -> None:
+    match job:
+        case Begin(sale):
+            if paid_for(tables, sale.voucher) is None:
+                tables.put_sale(sale)
+        case Settle(sale):
+            if tables.voucher(sale.voucher) is None:
+                tables.settle(job)
+            tables.drop_sale(sale.voucher)
+        case GiveUp(voucher):
+            tables.drop_sale(voucher)
 
 
 def refusal(tables: Reading, change: Change) -> Reason | None:

@@ -35,16 +35,21 @@ from hpkvd.ledger import (
     LedgerError,
     LedgerFull,
     Opening,
+    Paid,
+    Sale,
+    Settle,
     StoredEntry,
     StoreEntry,
+    Taking,
     Totals,
     Transaction,
     Verdict,
     rules,
+    till,
 )
 from hpkvd.ledger import sweep as ended
 from hpkvd.ledger.group import Group
-from hpkvd.ledger.rules import Drop, Job, Posting, Result, Retire
+from hpkvd.ledger.rules import Account, Drop, Job, Posting, Result, Retire
 from hpkvd.ledger.sweep import Sweep
 from hpkvd.log import Complaints
 from hpkvfs.protocol.messages import Done, Fact, Outcome, Reason, Refused, StoredFact
@@ -52,7 +57,7 @@ from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 
 APPLICATION: Final = int.from_bytes(b"hpkv", "big")
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 LOCK_SECONDS: Final = 5.0
 RESERVE: Final = 64 * 2**20
 VACUUM_PAGES: Final = 1024
@@ -128,11 +133,11 @@ WHERE key = ? AND (gone_at IS NULL OR gone_at > ?)
 _START_TIMER: Final = """
 UPDATE entry SET gone_at = ? + hours + 1 WHERE key = ? AND digest = ? AND gone_at IS NULL
 """
-_TOTALS: Final = """
+_TOTALS: Final = f"""
 SELECT issued, charged, refunded, outstanding, requests, serials, blobs,
     (SELECT count(*) FROM entry),
     (SELECT count(*) FROM voucher WHERE spent = 0),
-    (SELECT coalesce(sum(amount), 0) FROM voucher WHERE spent = 0)
+    (SELECT coalesce(sum(amount), 0) FROM voucher WHERE spent = 0), {till.TOTALS}
 FROM books
 """
 
@@ -185,6 +190,24 @@ class _Rows:
     def spend_voucher(self, digest: bytes) -> None:
         """See rules.Tables."""
         self._connection.execute("UPDATE voucher SET spent = 1 WHERE digest = ?", (digest,))
+
+    def sale(self, voucher: bytes) -> Sale | None:
+        """See rules.Reading."""
+        row = self._connection.execute(f"{till.SALE} WHERE voucher = ?", (voucher,)).fetchone()
+        return None if row is None else till.stored(*row)
+
+    def put_sale(self, sale: Sale) -> None:
+        """See rules.Tables."""
+        self._connection.execute(*till.putting(sale))
+
+    def drop_sale(self, voucher: bytes) -> None:
+        """See rules.Tables."""
+        self._connection.execute(*till.dropping(voucher))
+
+    def settle(self, settlement: Settle) -> None:
+        """See rules.Tables."""
+        for statement in till.settling(settlement):
+            self._connection.execute(*statement)
 
     def put_entry(self, entry: StoreEntry, epoch: int) -> None:
         """See rules.Tables."""
@@ -254,7 +277,7 @@ class SqliteLedger:
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
                 f"BEGIN; PRAGMA application_id = {APPLICATION};"
                 f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} {ENTRIES}"
-                f"{ended.SCHEMA} COMMIT;"
+                f"{ended.SCHEMA} {till.schema('BLOB')} COMMIT;"
             )
             connection.close()
 
@@ -268,11 +291,17 @@ class SqliteLedger:
     def add_vouchers(self, vouchers: Sequence[Voucher]) -> None:
         """Make these redeemable; durable on return. Waits for a running server's batch."""
         rows = [(voucher.digest, voucher.amount) for voucher in vouchers]
+        with self._one_transaction():
+            self._write.executemany("INSERT INTO voucher (digest, amount) VALUES (?, ?)", rows)
+
+    @contextmanager
+    def _one_transaction(self) -> Iterator[None]:
+        """For who does not serve: waits for a server's batch."""
         with _translated():
             self._write.execute(f"PRAGMA busy_timeout = {int(LOCK_SECONDS * 1000)}")
             self._write.execute("BEGIN IMMEDIATE")
             try:
-                self._write.executemany("INSERT INTO voucher (digest, amount) VALUES (?, ?)", rows)
+                yield
                 self._write.execute("COMMIT")
             finally:
                 self._roll_back()
@@ -282,6 +311,16 @@ class SqliteLedger:
         """One consistent view of the books."""
         with _translated():
             return Totals(*self._read.execute(_TOTALS).fetchone())
+
+    def takings(self, *, again: bool = False) -> list[Taking]:
+        """Ecash that was not taken out yet, or (`again`) all that ever came in."""
+        with _translated():
+            return till.takings(self._read, again=again)
+
+    def mark_taken(self, takings: Sequence[Taking]) -> None:
+        """These were taken out; durable on return."""
+        with self._one_transaction():
+            till.mark_taken(self._write, takings)
 
     # -- Ledger: reading ----------------------------------------------------------------------
 
@@ -308,6 +347,23 @@ class SqliteLedger:
         with _translated():
             return self._durable.entry(key, now)
 
+    async def sale(self, voucher: bytes) -> Sale | Paid | None:
+        """How far paying for the voucher with this digest is."""
+        with _translated():
+            return rules.paid_for(self._durable, voucher)
+
+    async def sales(self, now: int) -> list[Sale]:
+        """The sales that are due at this hour."""
+        with _translated():
+            rows = self._read.execute(f"{till.SALE} WHERE due <= ?", (now,)).fetchall()
+        return [till.stored(*row) for row in rows]
+
+    async def open_sales(self) -> int:
+        """How many sales are not settled."""
+        with _translated():
+            (count,) = self._read.execute("SELECT count(*) FROM sale").fetchone()
+        return int(count)
+
     def _has_room(self) -> bool:
         if self._max_blobs:
             (blobs,) = self._read.execute("SELECT blobs FROM books").fetchone()
@@ -323,6 +379,12 @@ class SqliteLedger:
         verdict = await self._writing.submit(transaction)
         assert isinstance(verdict, Done | Refused | Known)
         return verdict
+
+    async def account(self, job: Account) -> Sale | Paid | None:
+        """Keep, settle or forget a sale; what is there then, durably."""
+        found = await self._writing.submit(job)
+        assert found is None or isinstance(found, Sale | Paid)
+        return found
 
     async def open_entry(self, opening: Opening) -> StoredEntry | None:
         """The entry with its timer running, durably; None if it is not there or another."""
@@ -439,7 +501,7 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
 def _upgrade(connection: sqlite3.Connection) -> None:
     """Give a ledger of an older schema the tables that came later."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    added = "".join((ENTRIES, ended.SCHEMA)[version - 1 :])
+    added = "".join((ENTRIES, ended.SCHEMA, till.schema("BLOB"))[version - 1 :])
     if added:
         connection.executescript(
             f"BEGIN IMMEDIATE; {added} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
