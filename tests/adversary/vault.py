@@ -35,7 +35,9 @@ class Vault:
         self._honest = self.world.wire.answer
 
     @asynccontextmanager
-    async def session(self, machine: str = "first", patience: float = 20) -> AsyncIterator[Session]:
+    async def session(
+        self, machine: str = "first", patience: float = 20, spread: float = 0
+    ) -> AsyncIterator[Session]:
         """The vault in use on one of its machines; nothing runs in the background."""
         state = StateDirectory(self.directory / machine)
         if not state.exists:
@@ -45,7 +47,7 @@ class Vault:
             state,
             self.keys,
             self.world.wire,
-            Options(cache_bytes=1 << 20, patience=patience),
+            Options(cache_bytes=1 << 20, patience=patience, spread=spread),
             clock=lambda: int(self.world.clock() * 1e9),
             rng=secrets.token_bytes,
         ) as session:
