@@ -10,7 +10,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -54,13 +54,17 @@ def connect(endpoint: Endpoint, password: str | None) -> Controller:
 
     stem_log.get_logger().setLevel(logging.CRITICAL)
     try:
-        if not _answers(endpoint):  # stem would leak the socket
-            raise stem.SocketError
+        _knock(endpoint)  # stem would leak the socket
         if isinstance(endpoint, Path):
             controller = Controller.from_socket_file(str(endpoint))
         else:
             controller = Controller.from_port(*endpoint)
-    except (stem.SocketError, ValueError):
+    except PermissionError:
+        raise TorError(
+            f"the tor at {_name(endpoint)} is not yours to control",
+            "join the group debian-tor and log in again, or give --tor own",
+        ) from None
+    except (stem.SocketError, ValueError, OSError):
         raise TorError(
             f"no tor answers at {_name(endpoint)}",
             "start it (systemctl start tor), or let hpkvfs start one: --tor own",
@@ -152,11 +156,18 @@ def _endpoint(listener: str) -> Endpoint:
 
 
 def _answers(endpoint: Endpoint) -> bool:
-    with suppress(OSError), _plain_socket(endpoint) as (plain, address):
+    try:
+        _knock(endpoint)
+    except OSError:
+        return False
+    return True
+
+
+def _knock(endpoint: Endpoint) -> None:
+    """Connect, and hang up; OSError."""
+    with _plain_socket(endpoint) as (plain, address):
         plain.settimeout(CONNECT_SECONDS)
         plain.connect(address)
-        return True
-    return False
 
 
 @contextmanager

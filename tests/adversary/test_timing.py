@@ -6,7 +6,8 @@ with a negative control: the same eyes on a client that does not hide it do see 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import trio
 from trio.testing import MockClock
 
 from hpkvfs import parallel, session
-from hpkvfs.net.store import MAX_IN_FLIGHT
+from hpkvfs.fs import publisher
+from hpkvfs.net.store import MAX_IN_FLIGHT, RemoteStore
 from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
 from hpkvfs.protocol.messages import DeleteRequest, InsertRequest, Request, decode_request
 from hpkvfs.session import Session
@@ -24,9 +26,9 @@ from tests.adversary.vault import Vault, vault
 from tests.fs.play import play
 
 BLOCKS = 64
-SPREAD = 600.0
+SPREAD, STEP = 600.0, 10.0
 FOR_EVER = 1e9
-"""Patience, where the clock jumps: the disks' threads take no time of that clock."""
+"""Patience, where a clock of ours jumps while threads wait for a disk."""
 
 
 @dataclass
@@ -90,125 +92,101 @@ def agreement(vault: Vault, keys: list[bytes], ids: range) -> float:
     return 1 - 6 * squares / (BLOCKS * (BLOCKS**2 - 1))
 
 
-def in_order(rng: Callable[[int], bytes], seconds: float) -> parallel.Scatter:
-    return parallel.IN_ORDER
-
-
-@pytest.mark.parametrize("shuffled", [True, False])
-async def test_the_order_of_a_publication_tells_nothing_of_the_file(
-    watched: tuple[Vault, Diary], monkeypatch: pytest.MonkeyPatch, shuffled: bool
-) -> None:
-    if not shuffled:
-        monkeypatch.setattr(session, "_scatter", in_order)
-    made, diary = watched
-    async with made.session() as opened:
+async def live(vault: Vault) -> range:
+    """A client buys, writes, publishes, deletes, collects; the ids of its file's extents."""
+    async with vault.session() as opened:
         await opened.connect()
-        ids = await write(opened)
-        await opened.publish()
-    seen = agreement(made, diary.keys(InsertRequest), ids)
-    assert abs(seen) < 0.63 if shuffled else seen > 0.9
-
-
-@pytest.mark.parametrize("shuffled", [True, False])
-async def test_the_order_of_a_collection_tells_nothing_of_the_file(
-    watched: tuple[Vault, Diary], monkeypatch: pytest.MonkeyPatch, shuffled: bool
-) -> None:
-    if not shuffled:
-        monkeypatch.setattr(Session, "_shuffle", lambda self, entries: None)
-    made, diary = watched
-    async with made.session() as opened:
-        await opened.connect()
+        await opened.redeem(vault.world.voucher(100))
         ids = await write(opened)
         await opened.publish()
         await play(opened, ("unlink", (b"big",)))
         await opened.gc()
-    seen = agreement(made, diary.keys(DeleteRequest), ids)
-    assert abs(seen) < 0.63 if shuffled else abs(seen) > 0.9
+    return ids
 
 
-async def test_all_requests_and_all_replies_have_one_size(
+async def test_order_sizes_and_number_of_requests_tell_nothing(
     watched: tuple[Vault, Diary],
 ) -> None:
-    """Whatever they are, refusals too. The negative control: what is in them has many sizes."""
+    """Neither a publication nor a collection shows which blobs are neighbours; requests have one
+    size and replies one, whatever is in them; however much there is to do, 16 come at a time."""
     made, diary = watched
-    async with made.session() as opened:
-        await opened.connect()
-        await opened.redeem(made.world.voucher(100))
-        await write(opened)
-        await opened.publish()
-        await play(opened, ("unlink", (b"big",)))
-        await opened.gc()
-        await opened.fsck(extents=True)
+    ids = await live(made)
+    assert abs(agreement(made, diary.keys(InsertRequest), ids)) < 0.63
+    assert abs(agreement(made, diary.keys(DeleteRequest), ids)) < 0.63
     assert diary.sizes == {(REQUEST_SIZE, REPLY_SIZE)}
     assert len({type(request) for _, request in diary.arrivals}) >= 5
-    assert len(diary.contents) >= 5
+    assert len(diary.contents) >= 5  # the negative control: what is in them is not of one size
+    assert 1 < diary.most_at_once <= MAX_IN_FLIGHT == 16
 
 
-async def test_a_publication_has_a_bounded_number_of_connections(
-    watched: tuple[Vault, Diary],
+async def test_who_does_not_shuffle_nor_bound_is_seen(
+    watched: tuple[Vault, Diary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However much there is to store. The negative control: two clients have more."""
+    """The negative control."""
+    monkeypatch.setattr(session, "_scatter", lambda rng, seconds: parallel.IN_ORDER)
+    monkeypatch.setattr(Session, "_shuffle", lambda self, entries: None)
     made, diary = watched
+    ids = await live(made)
+    assert agreement(made, diary.keys(InsertRequest), ids) > 0.9
+    assert abs(agreement(made, diary.keys(DeleteRequest), ids)) > 0.9
+    monkeypatch.setattr(publisher, "INSERTS_AT_ONCE", BLOCKS)
+    defaults = RemoteStore.__init__.__kwdefaults__ | {"max_in_flight": BLOCKS}
+    monkeypatch.setattr(RemoteStore.__init__, "__kwdefaults__", defaults)
     async with made.session() as opened:
         await opened.connect()
         await write(opened)
         await opened.publish()
-        assert diary.most_at_once == MAX_IN_FLIGHT == 16
-        async with trio.open_nursery() as nursery:
-            other = made.world.client(name="other", max_in_flight=MAX_IN_FLIGHT)
-            await other.redeem(made.world.voucher(500))
-            await write(opened)
-            nursery.start_soon(opened.publish)
-            for number in range(BLOCKS):
-                nursery.start_soon(other.look_up, made.key(BlobId(number)))
-        assert diary.most_at_once > MAX_IN_FLIGHT
+    assert diary.most_at_once > MAX_IN_FLIGHT
 
 
-@pytest.mark.parametrize("spread", [SPREAD, 0.0])
-async def test_spread_takes_a_publication_apart(
-    autojump_clock: MockClock, tmp_path: Path, spread: float
+async def test_spread_takes_publications_and_collections_apart(
+    mock_clock: MockClock, watched: tuple[Vault, Diary]
 ) -> None:
-    """Inserts come all through the time, the lone anchor too, which is not where the others end.
-    The negative control: without, one moment has them all."""
-    async with vault(tmp_path) as made:
-        diary = Diary()
-        diary.watch(made)
-        async with made.session(patience=FOR_EVER, spread=spread) as opened:
-            await opened.connect()
-            await write(opened)
-            start = trio.current_time()
+    """Requests come all through the time, and the anchor's own moment is one of them."""
+    made, diary = watched
+    async with made.session(patience=FOR_EVER, spread=SPREAD) as opened:
+        await opened.connect()
+        await write(opened)
+        start = trio.current_time()
+        async with time_passes(mock_clock):
             await opened.publish()
-    times = [time - start for time in diary.times(InsertRequest)]
-    data, anchor = times[:BLOCKS], times[-1]
-    if not spread:
-        assert max(times) == 0
-        return
-    assert 0 <= min(data) and max(data) <= spread < anchor < 4 * spread
-    tenths = [sum(1 for time in data if 10 * time // spread == tenth) for tenth in range(10)]
-    assert sum(1 for count in tenths if count) >= 7
-    assert max(tenths) <= BLOCKS / 3
+        inserts = [time - start for time in diary.times(InsertRequest)]
+        opened.publisher._scatter = parallel.IN_ORDER
+        await play(opened, ("unlink", (b"big",)))
+        await opened.publish()
+        start = trio.current_time()
+        async with time_passes(mock_clock):
+            await opened.gc(spread=SPREAD)
+        deletes = [time - start for time in diary.times(DeleteRequest)]
+    assert max(inserts[:BLOCKS]) <= SPREAD + STEP < inserts[-1] < 4 * SPREAD
+    for times in (inserts[:BLOCKS], deletes):
+        assert len(times) >= BLOCKS
+        tenths = [sum(1 for at in times if 10 * at // SPREAD == tenth) for tenth in range(10)]
+        assert sum(1 for count in tenths if count) >= 7
+        assert max(tenths) <= len(times) / 3
 
 
-@pytest.mark.parametrize("spread", [SPREAD, 0.0])
-async def test_spread_takes_a_collection_apart(
-    autojump_clock: MockClock, tmp_path: Path, spread: float
+async def test_without_it_one_moment_has_them_all(
+    mock_clock: MockClock, watched: tuple[Vault, Diary]
 ) -> None:
-    async with vault(tmp_path) as made:
-        diary = Diary()
-        diary.watch(made)
-        async with made.session(patience=FOR_EVER) as opened:
-            await opened.connect()
-            await write(opened)
-            await opened.publish()
-            await play(opened, ("unlink", (b"big",)))
-            await opened.publish()
-            start = trio.current_time()
-            await opened.gc(spread=spread)
-    times = [time - start for time in diary.times(DeleteRequest)]
-    assert len(times) >= BLOCKS
-    if not spread:
-        assert max(times) == 0
-        return
-    tenths = [sum(1 for time in times if 10 * time // spread == tenth) for tenth in range(10)]
-    assert sum(1 for count in tenths if count) >= 7
-    assert max(tenths) <= len(times) / 3
+    """The negative control: nothing waits for the clock, which stands still."""
+    made, diary = watched
+    await live(made)
+    assert len(set(diary.times(InsertRequest))) == 1
+    assert len(set(diary.times(DeleteRequest))) == 1
+
+
+@asynccontextmanager
+async def time_passes(clock: MockClock) -> AsyncIterator[None]:
+    """By steps, whenever nobody has anything to do. (autojump would go on to the end of FOR_EVER
+    while a thread writes to a disk.)"""
+
+    async def jump() -> None:
+        while True:
+            await trio.testing.wait_all_tasks_blocked(0.002)
+            clock.jump(STEP)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(jump)
+        yield
+        nursery.cancel_scope.cancel()

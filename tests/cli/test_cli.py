@@ -15,6 +15,8 @@ import pytest
 from click.testing import Result
 
 from hpkvfs.cli import main
+from hpkvfs.session import Options
+from hpkvfs.settings import Settings
 from hpkvfs.volume.keys import check_words
 from tests.cli.conftest import WORDS, Hpkvfs
 
@@ -310,3 +312,43 @@ def test_balance_and_status_need_no_server(hpkvfs: Hpkvfs, vault: Path) -> None:
     assert status["mounted"] is None
     assert status["generation"] is None
     assert "none yet" in hpkvfs("status").stdout
+
+
+# -- trading speed for cover -----------------------------------------------------------------------
+
+
+def test_spread_reaches_the_mount_also_in_the_background(
+    hpkvfs: Hpkvfs, vault: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def here(settings: Settings, directory: Path, options: Options, *_: object) -> None:
+        seen.append(options.spread)
+
+    def background(settings: Settings, directory: Path, flags: list[str]) -> None:
+        hpkvfs("mount", "--foreground", *flags, directory)
+
+    monkeypatch.setattr("hpkvfs.cli._mount_here", here)
+    monkeypatch.setattr("hpkvfs.cli._mount_in_background", background)
+    hpkvfs("mount", "--spread", "10m", tmp_path)
+    hpkvfs("mount", tmp_path)
+    assert seen == [600.0, 0.0]
+
+
+def test_spread_reaches_the_collection(
+    hpkvfs: Hpkvfs, vault: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def perform(settings: Settings, name: str, arguments: dict[str, object], _: str) -> object:
+        seen.append((name, arguments["spread"]))
+        return {"deleted": 0, "absent": 0, "refunded": 0}
+
+    monkeypatch.setattr(Settings, "perform", perform)
+    hpkvfs("gc", "--spread", "6h", "--json")
+    assert seen == [("gc", 21_600.0)]
+
+
+def test_a_spread_that_is_no_duration(hpkvfs: Hpkvfs, vault: Path, tmp_path: Path) -> None:
+    said = hpkvfs("mount", "--spread", "soon", tmp_path, code=2).stderr
+    assert "'soon' is no duration; write 90s, 10m, 6h or 2d" in said

@@ -26,6 +26,7 @@ from hpkvfs.net.circuits import (
     Circuits,
     TorSettings,
 )
+from hpkvfs.net.store import MAX_IN_FLIGHT
 from tests.net.tors import Socks
 
 ONION = Address.parse("2gzyxa5ihm7nsggfxnu52rck2vv4rvmdlkiu3zzui5du4xyclen53wid.onion")
@@ -80,6 +81,20 @@ async def test_as_many_are_made_ahead_as_were_used_and_no_login_twice(
         await trio.sleep(1)
         assert (way.making, way.ready) == (0, MAX_READY)
         assert len(socks.asked) == len(set(socks.asked)) == 201 + way.ready
+
+
+@pytest.mark.parametrize("warm", [True, False])
+async def test_a_server_sees_no_more_connections_than_requests_and_as_many_made_ahead(
+    autojump_clock: MockClock, socks: Socks, warm: bool
+) -> None:
+    """However many requests there are. Without any made ahead, the negative control, none are
+    idle."""
+    way = a_way(warm=warm)
+    async with way.running(), trio.open_nursery() as nursery:
+        for _ in range(MAX_IN_FLIGHT):
+            nursery.start_soon(use, way, 40)
+    most = MAX_IN_FLIGHT + (MAX_READY if warm else 0)
+    assert MAX_IN_FLIGHT <= socks.most_open <= most <= 32
 
 
 async def test_what_nobody_takes_is_closed_one_by_one_between_the_ages(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hpkvfs import tor
 from hpkvfs.protocol.identity import Identity
 from hpkvfs.tor import Limits, Onion, Throttle, Tor, TorError, keeper, services
 from hpkvfs.tor.control import progress, socks_of
+from tests.mounted.client import eventually
 from tests.net.tors import ControlPort
 
 ONION = Onion(7387, "127.0.0.1:5", Identity(bytes(32)).expanded())
@@ -74,6 +76,46 @@ async def test_while_it_is_down_it_says_so_at_once_and_tries_ever_less_often(
         await trio.sleep(200)
     pauses = [round(b - a, 3) for a, b in itertools.pairwise(tries)]
     assert pauses[:7] == [1, 2, 4, 8, 16, 30, 30]
+
+
+# -- a password ----------------------------------------------------------------------------------
+
+PASSWORD = "correct horse"
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """The control socket of a real tor, which never goes on the network, with a password."""
+    hashed = subprocess.run(
+        ["tor", "--quiet", "--hash-password", PASSWORD], capture_output=True, text=True, check=True
+    ).stdout.split()[-1]
+    control, torrc = tmp_path / "control", tmp_path / "torrc"
+    torrc.write_text(
+        f"DataDirectory {tmp_path}/data\nDisableNetwork 1\nSocksPort 0\nLog err stderr\n"
+        f"ControlSocket {control}\nHashedControlPassword {hashed}\n"
+    )
+    line = ["tor", "--quiet", "--defaults-torrc", str(tmp_path / "none"), "-f", str(torrc)]
+    with subprocess.Popen(line) as process:
+        eventually(control.exists, "tor to start")
+        yield control
+        process.terminate()
+
+
+async def test_a_control_password_right_wrong_and_missing(locked: Path, tmp_path: Path) -> None:
+    async def trouble(password: str | None) -> TorError:
+        async with tor.running(locked, tmp_path, password=password) as found:
+            with trio.fail_after(20), pytest.raises(TorError) as caught:
+                await found.ready()
+        return caught.value
+
+    wrong, none = await trouble("battery staple"), await trouble(None)
+    assert wrong.message == f"the tor at {locked} refuses the password"
+    assert none.message == f"the tor at {locked} wants a password"
+    assert "--tor-password-file" in wrong.hint and "--tor-password-file" in none.hint
+    async with tor.running(locked, tmp_path, password=PASSWORD) as found:
+        with trio.fail_after(20):
+            while found.phase != "tor is at 0 %: starting":
+                await trio.sleep(0.02)
 
 
 # -- which SOCKS port --------------------------------------------------------------------------

@@ -77,6 +77,7 @@ class Socks:
     owned_pid: int | None = None
     asked: list[str] = field(default_factory=list)
     open: int = 0
+    most_open: int = 0
     let_go: trio.Event = field(default_factory=trio.Event)
     nursery: trio.Nursery | None = None
 
@@ -96,6 +97,7 @@ class Socks:
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         self.open += 1
+        self.most_open = max(self.most_open, self.open)
         try:
             async with stream:
                 await _read(stream, 3)

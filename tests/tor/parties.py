@@ -6,8 +6,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import random
+import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +24,7 @@ from hpkvd import identity as identities
 from hpkvd.config import IDENTITY
 from hpkvfs.address import onion_host
 from hpkvfs.protocol.identity import Identity
-from tests.mounted.client import ENVIRONMENT, Client, Server, command
+from tests.mounted.client import ENVIRONMENT, Client, Server, command, eventually
 from tests.tor.network import Namespace, Network
 
 PORT = 7387
@@ -57,6 +60,54 @@ def publish(network: Network, port: int, identity: Identity) -> str:
     host = onion_host(identity.public)
     assert host == f"{made.service_id}.onion"
     return host
+
+
+DEBIAN = Path("/usr/share/tor/tor-service-defaults-torrc")
+
+
+def _debians_settings(base: Path) -> str:
+    """Debian's own file, but for its directories, the daemon, the log, and a port that another
+    may have."""
+    changes = {
+        "/var/lib/tor": f"{base}/lib",
+        "/run/tor": f"{base}/run",
+        "RunAsDaemon 1": "RunAsDaemon 0",
+        "SocksPort 9050": "SocksPort auto",
+        "Log notice syslog": f"Log notice file {base}/lib/notices",
+    }
+    settings = DEBIAN.read_text()
+    for before, after in changes.items():
+        assert before in settings
+        settings = settings.replace(before, after)
+    return settings
+
+
+@contextlib.contextmanager
+def debian_tor(network: Network) -> Iterator[Path]:
+    """The control socket of a tor that is set up and owned as Debian's; of our own user where we
+    are not root."""
+    with tempfile.TemporaryDirectory(prefix="debian-tor-") as directory:
+        base = Path(directory)
+        base.chmod(0o755)
+        settings = _debians_settings(base)
+        network.prepare(base / "lib")
+        (base / "run").mkdir()
+        if os.geteuid() == 0:
+            for path in (base / "lib", *(base / "lib").iterdir(), base / "run"):
+                shutil.chown(path, "debian-tor", "debian-tor")
+            (base / "run").chmod(0o2755)
+        else:
+            settings = settings.replace("User debian-tor\n", "")
+        (base / "defaults").write_text(settings)
+        (base / "torrc").write_text(network.settings("client"))
+        line = ["tor", "--quiet", "--defaults-torrc", base / "defaults", "-f", base / "torrc"]
+        with subprocess.Popen(network.inside([str(word) for word in line])) as process:
+            try:
+                control = base / "run" / "control"
+                eventually(control.exists, "Debian's tor to start")
+                yield control
+            finally:
+                process.terminate()
 
 
 class OnionServer(Server):

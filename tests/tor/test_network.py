@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
 import secrets
 import shutil
@@ -31,7 +32,7 @@ from hpkvfs.protocol.messages import Parameters, ParametersRequest, decode_reply
 from tests.mounted.client import ENVIRONMENT, command, eventually, tree
 from tests.server.support import read_all
 from tests.tor.network import Namespace, Network
-from tests.tor.parties import PORT, OnionClient, OnionServer, Saboteur, echo, publish
+from tests.tor.parties import PORT, OnionClient, OnionServer, Saboteur, debian_tor, echo, publish
 
 NOWHERE = Path("/nonexistent")
 REQUESTS = 40
@@ -187,10 +188,59 @@ def test_a_tor_of_our_own_is_started_and_ends_with_us(
         line, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=True
     )
     said = json.loads(done.stdout)
-    assert said["size"] == REPLY_SIZE
+    assert said["sizes"] == [REPLY_SIZE, REPLY_SIZE] and said["again"]
     assert said["told"].startswith("over Tor, through a tor of our own")
+    assert "tor stopped" in said["phases"]
     assert any(phase.startswith("tor is at ") for phase in said["phases"])
     assert not (data / "port").exists()  # tor removes it as the last thing it does
+    assert (data / "state").exists() or (data / "lock").exists()
+
+
+async def test_a_tor_that_does_not_keep_logins_apart_is_not_used(
+    network: Network, echoing: str
+) -> None:
+    way = circuits(network, echoing, warm=False)
+    shared = network.base / "client" / "shared"
+    with network.controller("client") as controller:
+        controller.set_conf("SocksPort", f"unix:{shared} NoIsolateSOCKSAuth")
+        try:
+            async with way.running():
+                with pytest.raises(Unreachable) as caught:
+                    await way.dial()
+        finally:
+            controller.set_conf("SocksPort", f"unix:{network.socks}")
+    assert caught.value.message == "tor's SOCKS port does not keep requests apart"
+    assert "NoIsolateSOCKSAuth" in caught.value.hint and "--tor own" in caught.value.hint
+    way = circuits(network, echoing, warm=False)
+    async with way.running():  # the negative control
+        assert len(await exchange(way, bytes(REQUEST_SIZE), 60)) == REPLY_SIZE
+
+
+def test_debians_tor_is_used_by_members_of_its_group(network: Network, echoing: str) -> None:
+    """As /usr/share/tor/tor-service-defaults-torrc has it: the socket and the cookie are for the
+    group. Others are told what to do. (Where we are not root, it is all one user.)"""
+    with debian_tor(network) as control:
+        group, nobody = control.stat().st_gid, 65_534
+        member = visit(network, control, echoing, nobody, nobody, group)
+        assert member == {"size": REPLY_SIZE}
+        if os.geteuid() == 0:
+            stranger = visit(network, control, echoing, nobody, nobody)
+            assert stranger == {
+                "message": f"the tor at {control} is not yours to control",
+                "hint": "join the group debian-tor and log in again, or give --tor own",
+            }
+
+
+def visit(
+    network: Network, control: Path, onion: str, user: int, *groups: int
+) -> dict[str, object]:
+    arguments = map(str, (control, onion, user, *groups))
+    line = network.inside(command("tests.tor.visitor", *arguments))
+    done = subprocess.run(
+        line, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=True
+    )
+    answer: dict[str, object] = json.loads(done.stdout)
+    return answer
 
 
 @pytest.fixture
