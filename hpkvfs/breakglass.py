@@ -22,7 +22,7 @@ Invariants
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Final
 
@@ -233,18 +233,21 @@ class Breakglass:
         "opened" (its timer runs), "expired" (its epoch is over); tokens: those in it that were
         not spent; stored_tokens: those that were in it at first; epoch, newest: numbers of the
         epoch whose end makes it worthless, and of the newest one known; due: when the next is
-        stored, in seconds since 1970, None if not before the next epoch.
+        stored, in seconds since 1970, None if not before the next epoch; at_risk: whether most of
+        what is held would be lost with this machine, or may be before long.
         """
         note, drawn = self._note, self._drawn
         state = self._state()
         safe = sum(one.amount for one in self._store.reserve) if state in _GOOD else 0
+        held = self._store.balance.held
         is_waiting = drawn is not None and (note is None or note.epoch != drawn[0] or note.opened)
         return {
             "state": state,
             "tokens": safe,
             "epoch": note.number if note is not None else None,
             "newest": self._store.newest_epoch,
-            "held": self._store.balance.held,
+            "held": held,
+            "at_risk": held > 0 and (state != "safe" or safe < held / 4),
             "stored_tokens": note.amount if note is not None and note.stored else 0,
             "due": drawn[1] // 10**9 if drawn is not None and is_waiting else None,
         }
@@ -307,6 +310,22 @@ class Breakglass:
 
 
 _GOOD: Final = ("safe", "ageing")
+
+
+def warning(report: Mapping[str, Any]) -> str | None:
+    """What to tell at once of what `report` says; None when there is nothing to worry about."""
+    if not report["at_risk"]:
+        return None
+    return (
+        f"of {report['held']:,} tokens the words alone would bring back {report['tokens']:,}"
+        f"{_UNTIL.get(report['state'], '')}: see `hpkvfs status`, or run `hpkvfs keepalive --now`"
+    )
+
+
+_UNTIL: Final = {
+    "ageing": ", and none once their epoch has ended",
+    "opened": ", and none before long, since the entry was opened",
+}
 
 
 def shares(spendable: int, price: int) -> tuple[int, int]:

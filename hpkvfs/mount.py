@@ -29,7 +29,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from hpkvfs import commands
-from hpkvfs.breakglass import Found
+from hpkvfs.breakglass import Found, warning
 from hpkvfs.commands import Arguments, Commands, Result, ungrouped
 from hpkvfs.control import Progress, no_progress
 from hpkvfs.errors import (
@@ -348,6 +348,9 @@ async def _start(vault: Vault, session: Session, request: Mount) -> None:
         request.notice(f"{error.message}; what is here can be used, and is published later")
     if session.took_over is not None:
         request.notice(_told(session.took_over))
+    at_risk = warning(session.breakglass.report())
+    if at_risk is not None and not request.read_only:
+        request.notice(at_risk)
 
 
 def _told(took: TakeOver) -> str:

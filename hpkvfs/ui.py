@@ -130,7 +130,8 @@ def status(report: Mapping[str, Any], state: str, server: str) -> str:
         "tokens": _tokens(
             f"{report['tokens_held']:,}", report["tokens_pending"], report["tokens_expired"]
         ),
-        "recovery": recovery(report["recovery"]),
+        "recovery": ("AT RISK: " if report["recovery"]["at_risk"] else "")
+        + recovery(report["recovery"]),
         "room": f"{report['free_blobs']:,} blobs",
     }
     if report["kept"]:

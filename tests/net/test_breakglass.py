@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from hpkvfs.breakglass import Breakglass
+from hpkvfs.breakglass import Breakglass, warning
 from hpkvfs.errors import EmptyWallet, Unreachable, VaultError
 from hpkvfs.protocol.messages import StoreEntryRequest, decode_request
 from hpkvfs.types import Generation
@@ -86,6 +86,42 @@ async def test_an_entry_is_stored_once_in_an_epoch_at_the_time_that_was_drawn(wo
         assert not await client.glass.renew_if_due(Generation(6))
     assert world.ledger.totals().charged == 10
     world.assert_conserved(client.store)
+
+
+async def test_the_user_is_warned_in_every_state_but_safe(world: World) -> None:
+    client = Client(world, "poor")
+    assert not client.glass.report()["at_risk"] and warning(client.glass.report()) is None
+    client = await rich(world)
+    _warned(client, "none", "of 1,000 tokens the words alone would bring back 0:")
+    await client.glass.renew(None)
+    assert client.glass.report()["state"] == "safe"
+    assert warning(client.glass.report()) is None
+    await client.store.redeem(world.voucher(9_000))
+    _warned(client, "safe", "of 9,990 tokens the words alone would bring back 750:")
+    await client.glass.renew(None)
+    assert warning(client.glass.report()) is None
+    await world.rotate()
+    await client.store.refresh()
+    _warned(client, "ageing", "and none once their epoch has ended")
+    for _ in range(4):
+        await world.rotate()
+    await client.store.redeem(world.voucher(100))
+    await client.store.refresh()
+    _warned(client, "expired", "would bring back 0:")
+
+
+async def test_who_recovered_is_warned_that_the_entry_will_be_gone(world: World) -> None:
+    client = await rich(world)
+    await client.glass.renew(None)
+    heir = Client(world, "heir")
+    await heir.glass.recover()
+    _warned(heir, "opened", "the words alone would bring back 0, and none before long")
+
+
+def _warned(client: Client, state: str, text: str) -> None:
+    report = client.glass.report()
+    assert report["state"] == state and report["at_risk"]
+    assert text in str(warning(report)) and "hpkvfs keepalive --now" in str(warning(report))
 
 
 async def test_what_is_done_with_the_vault_does_not_show_in_when_it_is_stored(
