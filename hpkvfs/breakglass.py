@@ -30,7 +30,7 @@ import msgpack
 import trio
 
 from hpkvfs.errors import EmptyWallet, HpkvError, SpentElsewhere
-from hpkvfs.net.refusals import OldCounter
+from hpkvfs.net.refusals import OldCounter, UnknownEpoch
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.types import Generation
@@ -176,14 +176,26 @@ class Breakglass:
         """
         async with self._turn:
             epoch = await self._store.refresh()
-            if await self._was_stored(epoch):
-                return False
-            try:
-                await self._store_entry(epoch, generation, self._next_counter(epoch))
-            except OldCounter:  # of a client that was lost, or is beside us
-                there = await self._store.open_entry(self._keys.entry_signer(epoch.digest))
-                await self._store_entry(epoch, generation, there.counter + 1 if there else 1)
-            return True
+            while True:
+                try:
+                    return await self._renew_in(epoch, generation)
+                except (UnknownEpoch, EmptyWallet) as error:
+                    if isinstance(error, UnknownEpoch):
+                        await self._store.refresh()
+                    newest = await self._store.parameters()
+                    if newest.digest == epoch.digest:
+                        raise
+                    epoch = newest  # it began meanwhile, and what there is has moved into it
+
+    async def _renew_in(self, epoch: EpochParameters, generation: Generation | None) -> bool:
+        if await self._was_stored(epoch):
+            return False
+        try:
+            await self._store_entry(epoch, generation, self._next_counter(epoch))
+        except OldCounter:  # of a client that was lost, or is beside us
+            there = await self._store.open_entry(self._keys.entry_signer(epoch.digest))
+            await self._store_entry(epoch, generation, there.counter + 1 if there else 1)
+        return True
 
     def _next_counter(self, epoch: EpochParameters) -> int:
         return self._note.counter + 1 if self._note and self._note.epoch == epoch.digest else 1
@@ -271,7 +283,10 @@ class Breakglass:
         """
         await self._store.refresh()
         for epoch in reversed(self._store.epochs_in_use):
-            found = await self._recover_from(epoch)
+            try:
+                found = await self._recover_from(epoch)
+            except UnknownEpoch:  # it ended meanwhile, and what is in its entry with it
+                continue
             if found is not None:
                 return found
         return None

@@ -338,7 +338,10 @@ async def _start(vault: Vault, session: Session, request: Mount) -> None:
         expired = session.store.expired
         await session.connect()
         if expired := session.store.expired - expired:
-            request.notice(f"{expired:,} tokens expired: their epoch ended while they were unused")
+            request.notice(
+                f"{expired:,} tokens expired: their epoch ended before they were used,"
+                " or before it was known that they had been"
+            )
     except (SecondWriter, Misbehaviour) as error:
         if not request.read_only:
             raise

@@ -28,6 +28,10 @@ class BadVoucher(UserError, Refusal):
     """A voucher that buys nothing."""
 
 
+class VoucherSpent(BadVoucher):
+    """A voucher that was redeemed by another request."""
+
+
 _BUG: Final = "it may be older or newer than this program, or one of them has a bug"
 _WHY: Final[dict[Reason, tuple[type[Refusal], str, str]]] = {
     Reason.KEY_EXISTS: (KeyExists, "the key is taken already", ""),
@@ -48,7 +52,7 @@ _WHY: Final[dict[Reason, tuple[type[Refusal], str, str]]] = {
         "the server does not know this voucher",
         "compare it with what its operator gave you",
     ),
-    Reason.VOUCHER_SPENT: (BadVoucher, "this voucher has been redeemed already", ""),
+    Reason.VOUCHER_SPENT: (VoucherSpent, "this voucher has been redeemed already", ""),
     Reason.VOUCHER_AMOUNT: (
         BadVoucher,
         "this voucher is for another amount",

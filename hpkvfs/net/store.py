@@ -21,7 +21,7 @@ import trio
 from hpkvfs.errors import Misbehaviour, SpentElsewhere, StoreError, Unreachable, UserError
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
-from hpkvfs.net.refusals import EpochEnded, UnknownEpoch, out_of_place, refusal
+from hpkvfs.net.refusals import out_of_place, refusal
 from hpkvfs.net.teller import Order, Teller
 from hpkvfs.net.transport import Dialer
 from hpkvfs.protocol.credential import Credential
@@ -103,9 +103,12 @@ class RemoteStore:
 
     async def insert(self, key: bytes, blob: bytes, memo: bytes) -> None:
         """See types.BlobStore.insert."""
-        order = Order(Operation.INSERT, lambda epoch: InsertRequest(epoch, key, blob), memo=memo)
+        place = key + sha256(blob).digest()
+        order = Order(
+            Operation.INSERT, lambda epoch: InsertRequest(epoch, key, blob), memo=memo, place=place
+        )
         async with self._slots:
-            await self._once(order)
+            await self._teller.pay_once(order)
 
     async def look_up(self, key: bytes) -> bytes | None:
         """See types.BlobStore.look_up."""
@@ -121,24 +124,12 @@ class RemoteStore:
             unsigned = DeleteRequest(request.epoch, key, digest, credentials=credentials)
             return replace(unsigned, signature=signer.sign(unsigned.signed))
 
-        order = Order(Operation.DELETE, lambda epoch: DeleteRequest(epoch, key, digest), sign, memo)
+        def make(epoch: bytes) -> CredentialedRequest:
+            return DeleteRequest(epoch, key, digest)
+
+        order = Order(Operation.DELETE, make, sign, memo, place=key + digest)
         async with self._slots:
-            await self._once(order)
-
-    async def _once(self, order: Order) -> None:
-        """Perform what has a memo, unless that has been done."""
-        if order.memo:
-            await self._resolve_like(order.operation, order.memo)
-            if self._journal.has_receipt(order.operation, order.memo):
-                return
-        await self._teller.pay(order)
-
-    async def _resolve_like(self, operation: Operation, memo: bytes) -> bool:
-        """Resolve an earlier call of the same operation and memo; whether there was one."""
-        pending = self._teller.find(operation, memo)
-        if pending is not None:
-            await self._teller.resolve(pending)
-        return pending is not None
+            await self._teller.pay_once(order)
 
     # The wallet
 
@@ -151,31 +142,23 @@ class RemoteStore:
             voucher = Voucher.parse(text)
         except ValueError as error:
             raise UserError(str(error), "copy it whole, as the operator gave it") from error
-        async with self._slots:
-            try:
-                done = await self._resolve_like(Operation.ISSUE, voucher.digest)
-            except EpochEnded:  # nobody knows any more whether it was redeemed then
-                done = False
-            if not done:
-                await self._buy(voucher)
-        return voucher.amount
 
-    async def _buy(self, voucher: Voucher) -> None:
         def make(epoch: bytes) -> CredentialedRequest:
             return IssueRequest(epoch, voucher.secret, voucher.amount)
 
-        try:
+        async with self._slots:
             await self._teller.buy(make, voucher.amount, voucher.digest)
-        except UnknownEpoch:
-            await self._teller.refresh()
-            await self._teller.buy(make, voucher.amount, voucher.digest)
+        return voucher.amount
 
     async def prime(self) -> None:
         """Have credentials enough for `max_in_flight` calls at a time; free."""
-        epoch = await self.parameters()
+
+        async def grow() -> None:
+            await self._teller.grow(await self.parameters())
+
         while self._teller.wallet.size < self._pool_size:
             async with self._slots:
-                await self._teller.grow(epoch)
+                await self._teller.surviving(grow)
 
     async def parameters(self) -> EpochParameters:
         """The newest epoch: number, tariff, issuer. Asked for once; Tagging if it changed."""
@@ -190,7 +173,8 @@ class RemoteStore:
     @property
     def expired(self) -> int:
         """Tokens that were lost, since ever, with epochs that ended."""
-        return self._teller.wallet.book.expired
+        book = self._teller.wallet.book
+        return book.expired + book.lost
 
     @property
     def balance(self) -> Balance:

@@ -10,6 +10,8 @@ Invariants:
     the two, ever, and the answer to the reissue tells which, with the credentials that belong
     to it. So no token is lost, it becomes known whether the operation happened, and no two
     operations ever show the same serials, which would betray that one client made both;
+  - when the epoch of a pending has ended, it is not performed any more, nor answered: it stays
+    pending until something else has told what became of it (`_find_out`);
   - everything runs on one trio thread, and the wallet changes only between two awaits.
 
 Proofs run inline on that thread: libsecp256k1 releases the interpreter lock but the Python
@@ -20,10 +22,11 @@ where a process could take over.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import trio
 
@@ -37,7 +40,14 @@ from hpkvfs.errors import (
 )
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
-from hpkvfs.net.refusals import EpochEnded, NoRoom, UnknownEpoch, out_of_place, refusal
+from hpkvfs.net.refusals import (
+    EpochEnded,
+    NoRoom,
+    UnknownEpoch,
+    VoucherSpent,
+    out_of_place,
+    refusal,
+)
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol import codec
 from hpkvfs.protocol.credential import Credential, Draft, prepare
@@ -47,14 +57,21 @@ from hpkvfs.protocol.messages import (
     CredentialedRequest,
     Done,
     Fact,
+    IssueRequest,
+    LookUpRequest,
     Refused,
     ReissueRequest,
     Spent,
+    decode_request,
 )
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.wallet.journal import Journal
 from hpkvfs.wallet.wallet import Attempt, Held, Pending, Selection, Wallet, split
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+KEY_BYTES: Final = 33
 CLAIM: Final = b"claim"
 """The memo of a reissue that takes in a credential out of a breakglass entry."""
 
@@ -68,12 +85,16 @@ def _complete(request: CredentialedRequest, credentials: bytes) -> CredentialedR
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to ask for: `make` a request of an epoch, `complete` it with its credentials."""
+    """What to ask for: `make` a request of an epoch, `complete` it with its credentials.
+
+    `memo`, `place`: see wallet.Pending.
+    """
 
     operation: Operation
     make: Make
     complete: Complete = _complete
     memo: bytes = b""
+    place: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,24 +174,70 @@ class Teller:
     def _may_come_to_have(self, epoch: EpochParameters, cost: int) -> bool:
         return self.wallet.could_pay(epoch.digest, max(1, cost))
 
+    async def surviving(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What `call` returns; it is called again when epochs ended that it relied on.
+
+        UnknownEpoch is raised only while the server lists what it refuses, which is a lie.
+        """
+        while True:
+            told = self.epochs.digests
+            try:
+                return await call()
+            except UnknownEpoch:
+                if self.epochs.digests == told:
+                    await self.refresh()
+                if self.epochs.digests == told:
+                    raise
+
     async def pay(self, order: Order) -> Answer:
         """Perform an operation that takes two credentials, whatever that takes.
 
         EmptyWallet, a Refusal (nothing was spent), Misbehaviour, Unreachable (it is pending
         unless `sent` is false), VaultError.
         """
-        try:
+
+        async def pay() -> Answer:
             return await self._pay(order, await self._paying_epoch(order.operation))
-        except UnknownEpoch:
-            await self.refresh()
-            return await self._pay(order, await self._paying_epoch(order.operation))
+
+        return await self.surviving(pay)
+
+    async def pay_once(self, order: Order) -> None:
+        """As `pay`, unless an earlier call with its memo, also of an earlier process, did it.
+
+        Raises what resolving that may raise, too.
+        """
+
+        async def once() -> None:
+            await self.resolve_like(order.operation, order.memo)
+            if not self._journal.has_receipt(order.operation, order.memo):
+                await self._pay(order, await self._paying_epoch(order.operation))
+
+        await self.surviving(once)
+
+    async def resolve_like(self, operation: Operation, memo: bytes) -> Answer | None:
+        """Resolve an earlier call of the same operation and memo; the answer it had, if any."""
+        answer = None
+        while memo and (pending := self._find(operation, memo)) is not None:
+            if pending.number in self._driven:
+                await self._changed.wait()
+            else:
+                answer = await self.resolve(pending)
+        return answer
+
+    def _find(self, operation: Operation, memo: bytes) -> Pending | None:
+        for one in self.wallet.pending.values():
+            if one.memo == memo and one.attempts[0].operation is operation:
+                return one
+        return None
 
     async def _pay(self, order: Order, epoch: EpochParameters) -> Answer:
         selection = await self._select(epoch, epoch.tariff.delta(order.operation))
         pending, frame = self._begin(epoch, selection, order)
         try:
             return await self._perform(pending, frame)
-        except Refusal:
+        except Refusal as refused:
+            if isinstance(refused, UnknownEpoch):
+                await self.refresh()
             answer = await self._resolved_at_once(pending)
             if answer is None or answer.attempt is not pending.attempts[0]:
                 raise
@@ -196,7 +263,7 @@ class Teller:
         stranded = [one for one in self.stranded() if one.epoch == epoch.digest]
         if stranded:
             await self.resolve(stranded[0])
-        elif not self._driven:
+        elif not self._is_driven(epoch):
             raise EmptyWallet(
                 "the wallet's tokens are in requests that cannot be settled",
                 "run again when the server has recovered, or redeem a voucher",
@@ -205,6 +272,11 @@ class Teller:
             await self.grow(epoch)
         else:
             await self._changed.wait()
+
+    def _is_driven(self, epoch: EpochParameters) -> bool:
+        """Whether anybody is about to have other credentials of this epoch."""
+        pending = self.wallet.pending
+        return any(pending[one].epoch == epoch.digest for one in self._driven if one in pending)
 
     async def _reissue(self, epoch: EpochParameters, selection: Selection) -> None:
         order = Order(Operation.REISSUE, lambda digest: ReissueRequest(digest, 2))
@@ -239,7 +311,12 @@ class Teller:
 
         The statement names both epochs: what is presented is of one, what is issued of the other.
         """
+        return await self.surviving(lambda: self._move(epoch))
+
+    async def _move(self, epoch: EpochParameters) -> bool:
         newest = await self.newest()
+        if self.epochs.has_ended(epoch.digest):
+            return False
         if self.is_late(epoch):
             self._release_reserve(epoch)
         if not self.wallet.worth(epoch.digest):
@@ -256,19 +333,16 @@ class Teller:
         return True
 
     def _write_off_ended(self) -> None:
-        """What is of an epoch that ended is lost, unless somebody is still asking about it."""
+        """What is held of an epoch that ended is worth nothing; what is pending has yet to be
+        found out."""
         for digest in self.wallet.epochs:
             if self.epochs.has_ended(digest):
                 self._expire(digest)
 
     def _expire(self, digest: bytes) -> None:
-        ended = self.epochs.has_ended(digest)
-        pendings = [one for one in self._undriven() if ended and one.epoch == digest]
-        for pending in pendings:
-            self.wallet.lose(pending)
         held = self.wallet.expire(digest)
-        if held or pendings:
-            self._journal.expire(held, pendings, self.wallet.book)
+        if held:
+            self._journal.expire(held, self.wallet.book)
 
     async def grow(self, epoch: EpochParameters) -> None:
         """Two more credentials, of no value, for free. Nothing is at stake, so no journal."""
@@ -283,13 +357,25 @@ class Teller:
     # Buying.
 
     async def buy(self, make: Make, amount: int, memo: bytes) -> None:
-        """Exchange what `make` pays with for credentials; a Refusal leaves nothing behind."""
-        epoch = await self.newest()
-        amounts = split(amount, epoch.tariff.insert)
-        body, attempt = self._prove(epoch, make(epoch.digest), (), amounts)
-        attempt = replace(attempt, body=body)
-        pending = self.wallet.begin(epoch.digest, (), attempt, memo)
-        await self._perform(pending, codec.REQUEST.wrap(body))
+        """Exchange what `make` pays with for credentials, unless a call with this memo did before.
+
+        A Refusal leaves nothing behind.
+        """
+
+        async def buy() -> None:
+            if await self.resolve_like(Operation.ISSUE, memo) is None:
+                epoch = await self.newest()
+                attempt = self._prove_purchase(epoch, make(epoch.digest), amount)
+                pending = self.wallet.begin(epoch.digest, (), attempt, memo)
+                await self._perform(pending, codec.REQUEST.wrap(attempt.body))
+
+        await self.surviving(buy)
+
+    def _prove_purchase(
+        self, epoch: EpochParameters, request: CredentialedRequest, amount: int
+    ) -> Attempt:
+        body, attempt = self._prove(epoch, request, (), split(amount, epoch.tariff.insert))
+        return replace(attempt, body=body)
 
     # Breakglass entries.
 
@@ -338,13 +424,6 @@ class Teller:
         """Pendings that nobody drives and that are not stuck, oldest first."""
         return [one for one in self._undriven() if one.number not in self._stuck]
 
-    def find(self, operation: Operation, memo: bytes) -> Pending | None:
-        """The pending, stuck or not, that was begun for this and that nobody drives."""
-        for one in self._undriven():
-            if one.memo == memo and one.attempts[0].operation is operation:
-                return one
-        return None
-
     def _undriven(self) -> list[Pending]:
         if len(self.wallet.pending) == len(self._driven):
             return []
@@ -359,38 +438,52 @@ class Teller:
         while not self.stranded():
             await self._stranding.wait()
 
-    async def resolve(self, pending: Pending) -> Answer:
+    async def resolve(self, pending: Pending) -> Answer | None:
         """Settle a stranded pending: find out which of its attempts was performed.
 
-        Unreachable leaves it stranded; any other error leaves it stuck until `unstick`, unless it
-        is EpochEnded and the server says so to all witnesses too: then it is written off.
+        None: its epoch has ended, and its operation was not performed, or nobody can tell.
+        Unreachable leaves it stranded; any other error leaves it stuck until `unstick`.
         """
-        pending = self.wallet.pending[pending.number]
         try:
-            if pending.inputs and len(pending.attempts) == 1:
-                return await self._resolve_by_reissue(pending)
-            return await self._repeat(pending)
+            return await self.surviving(lambda: self._resolve(pending.number))
         except Unreachable:
-            raise
-        except EpochEnded:
-            self._stuck.add(pending.number)
-            await self.refresh()
             raise
         except StoreError:
             self._stuck.add(pending.number)
             raise
 
-    async def _repeat(self, pending: Pending) -> Answer:
+    async def _resolve(self, number: int) -> Answer | None:
+        pending = self.wallet.pending[number]
+        if self.epochs.has_ended(pending.epoch):
+            return await self._find_out(pending)
+        return await self._ask_again(pending)
+
+    async def _ask_again(self, pending: Pending) -> Answer:
+        if pending.inputs and len(pending.attempts) == 1:
+            return await self._resolve_by_reissue(pending)
         with self._driving(pending):
             await self._journal.flush()
-            try:
-                return await self._answer(pending, codec.REQUEST.wrap(pending.attempts[-1].body))
-            except NoRoom:
-                raise  # the request, or a copy of it, may be performed when there is room
-            except Refusal:
-                if not pending.inputs:
-                    self._release(pending)
+            return await self._repeat(pending, pending.attempts[-1])
+
+    async def _repeat(self, pending: Pending, attempt: Attempt) -> Answer:
+        try:
+            return await self._answer(pending, codec.REQUEST.wrap(attempt.body), attempt)
+        except VoucherSpent as refused:
+            if len(pending.attempts) == 1:
+                self._release(pending)
                 raise
+            self._conclude(pending, performed=True)
+            raise _redeemed_in_vain(pending) from refused
+        except Refusal as refused:
+            self._give_up(pending, refused)
+            raise
+
+    def _give_up(self, pending: Pending, refused: Refusal) -> None:
+        """A refusal for good of what has no inputs undoes it."""
+        if isinstance(refused, NoRoom | UnknownEpoch):
+            return  # the request, or a copy of it, may be performed yet, or was before
+        if not pending.inputs:
+            self._release(pending)
 
     async def _resolve_by_reissue(self, pending: Pending) -> Answer:
         with self._driving(pending):
@@ -401,6 +494,73 @@ class Teller:
             pending = self.wallet.retry(pending, replace(attempt, body=body))
             await self._journal.begin(pending)
             return await self._answer(pending, codec.REQUEST.wrap(body))
+
+    # What became of requests whose epoch has ended: nobody answers them any more.
+
+    async def _find_out(self, pending: Pending) -> Answer | None:
+        """Conclude a pending of an ended epoch; the answer if its operation was performed.
+
+        No request of that epoch is performed any more, so what the server shows now is the end of
+        it: whether a blob is there, or a voucher spent, or what was moved is on record.
+        """
+        first = pending.attempts[0]
+        with self._driving(pending):
+            if first.operation is Operation.ISSUE:
+                return await self._redeem_again(pending)
+            if first.into and first.body and not self.epochs.has_ended(first.into):
+                return await self._ask_where_it_went(pending)
+            if not pending.place:
+                self._lose(pending)
+                return None
+            performed = await self._shows(pending)
+            self._conclude(pending, performed=performed)
+            return Answer(first) if performed else None
+
+    async def _shows(self, pending: Pending) -> bool:
+        """Whether the blob is there that was to be stored, or gone that was to be deleted."""
+        key, digest = pending.place[:KEY_BYTES], pending.place[KEY_BYTES:]
+        order = Order(Operation.LOOK_UP, lambda epoch: LookUpRequest(epoch, key))
+        blob = (await self.pay(order)).value
+        is_there = blob is not None and hashlib.sha256(blob).digest() == digest
+        return is_there == (pending.attempts[0].operation is Operation.INSERT)
+
+    async def _ask_where_it_went(self, pending: Pending) -> Answer | None:
+        """What was moved out of the epoch in time is on record as long as where it was moved to."""
+        try:
+            return await self._repeat(pending, pending.attempts[0])
+        except EpochEnded:
+            self._conclude(pending, performed=False)
+            return None
+
+    async def _redeem_again(self, pending: Pending) -> Answer:
+        """Redeem a voucher in the newest epoch; VoucherSpent if the first time it was performed.
+
+        What it was worth then is lost: the server has forgotten what became of the credentials of
+        that epoch, so it could not tell who has not got them from who has spent them.
+        """
+        request = decode_request(codec.REQUEST.wrap(pending.attempts[-1].body))
+        assert isinstance(request, IssueRequest)
+        epoch = await self.newest()
+        again = replace(request, epoch=epoch.digest)
+        attempt = self._prove_purchase(epoch, again, request.amount)
+        pending = self.wallet.renew(pending, epoch.digest, attempt)
+        await self._journal.begin(pending)
+        return await self._repeat(pending, attempt)
+
+    def _conclude(self, pending: Pending, *, performed: bool) -> None:
+        before = self.wallet.book.expired
+        self.wallet.conclude(pending, performed=performed)
+        self._journal.conclude(pending, self.wallet.book, performed=performed)
+        self._tell_loss(self.wallet.book.expired - before)
+
+    def _lose(self, pending: Pending) -> None:
+        self.wallet.lose(pending)
+        self._journal.conclude(pending, self.wallet.book, performed=False)
+        self._tell_loss(pending.amount)
+
+    def _tell_loss(self, amount: int) -> None:
+        if amount:
+            log.warning("%d tokens expired in a request that an epoch's end cut short", amount)
 
     async def _resolved_at_once(self, pending: Pending) -> Answer | None:
         """Resolve what was refused; None if that fails, which leaves it to be done later."""
@@ -427,8 +587,10 @@ class Teller:
         except BaseException:
             self.wallet.put_back(selection)
             raise
-        pending = self.wallet.begin(epoch.digest, selection.inputs, attempt, order.memo)
-        return pending, codec.REQUEST.wrap(body)
+        if into is not None:
+            attempt = replace(attempt, body=body)  # it can be repeated when its epoch has ended
+        where = selection.inputs, attempt, order.memo, order.place
+        return self.wallet.begin(epoch.digest, *where), codec.REQUEST.wrap(body)
 
     def _prove(
         self,
@@ -468,19 +630,21 @@ class Teller:
                 if not failure.sent:
                     self._release(pending)
                 raise
-            except NoRoom:
-                raise  # the request, or a copy of it, may be performed when there is room
-            except Refusal:
-                if not pending.inputs:
-                    self._release(pending)
+            except Refusal as refused:
+                self._give_up(pending, refused)
                 raise
 
-    async def _answer(self, pending: Pending, frame: bytes) -> Answer:
-        """Ask, and settle by whatever the answer proves; it may prove an earlier attempt."""
+    async def _answer(
+        self, pending: Pending, frame: bytes, attempt: Attempt | None = None
+    ) -> Answer:
+        """Ask, and settle by whatever the answer proves; it may prove an earlier attempt.
+
+        `attempt`: the one that the frame is of, if that is not the last.
+        """
         reply = await self._line.ask(frame)
         match reply:
             case Done(fact, issued, value):
-                attempt = pending.attempts[-1]
+                attempt = attempt or pending.attempts[-1]
             case Spent():
                 attempt, fact, issued = self._own(pending, reply)
                 value = None
@@ -535,6 +699,14 @@ class Teller:
                 self._stranding = trio.Event()
             if not self._driven:
                 self._journal.nudge()
+
+
+def _redeemed_in_vain(pending: Pending) -> VoucherSpent:
+    return VoucherSpent(
+        f"this voucher was redeemed before, it seems from here: the answer was lost, and the"
+        f" {pending.attempts[0].delta:,} tokens expired with their epoch",
+        "a redemption that is cut short has to be completed while its epoch lasts",
+    )
 
 
 def _own(pending: Pending, reply: Spent) -> tuple[Attempt, Fact, bytes]:

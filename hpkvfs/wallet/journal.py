@@ -16,12 +16,12 @@ written stays in the batch, the database is as it was, and the next `flush` or `
 it. Any other failure, such as one of fsync, after which nobody knows what the disk has, breaks the
 journal for good: every later call says so, and opening it again finds the last durable state.
 
-The database, user_version 2 (1 had shorter rows, see rows.py). Every `sealed` is a random 12-byte
-nonce and the row in ChaCha20-Poly1305 under the journal's key, with "table/name of the row" as
-associated data.
+The database, user_version 3 (1 and 2 had shorter rows, see rows.py). Every `sealed` is a random
+12-byte nonce and the row in ChaCha20-Poly1305 under the journal's key, with "table/name of the row"
+as associated data.
 
     credentials(number, sealed)   held, or an input of a pending
-    pendings(number, sealed)      inputs, attempts, memo
+    pendings(number, sealed)      inputs, attempts, memo, place
     receipts(seq, sealed)         performed with a memo, and not yet forgotten
     meta(name, sealed)            "book", "reserve" (see wallet.py), and whatever the caller keeps
                                   under other names
@@ -52,7 +52,7 @@ from hpkvfs.wallet.wallet import Book, Held, Pending, Settled, Wallet
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 _NONCE: Final = 12
 _WAL_BYTES: Final = 5 << 20
 """Somewhat more than the WAL grows to before SQLite begins it again: 1,000 pages."""
@@ -236,20 +236,24 @@ class Journal:
         for held in settled.outputs:
             self._add(_ADD_CREDENTIAL, "credentials", held.number, rows.pack_held(held))
         self._batch.book = book
-        operation, memo = settled.attempt.operation, settled.pending.memo
-        if memo and operation in (Operation.INSERT, Operation.DELETE):
-            self._keep_receipt(operation, memo)
+        self._performed_now(settled.attempt.operation, settled.pending.memo)
 
     def release(self, pending: Pending) -> None:
         """Forget a pending; its inputs are held again."""
         self._drop(pending)
 
-    def expire(self, held: Sequence[Held], pendings: Sequence[Pending], book: Book) -> None:
-        """Forget what was lost with an epoch; `book` is the book after it."""
-        for pending in pendings:
-            self._drop(pending, *pending.inputs)
+    def expire(self, held: Sequence[Held], book: Book) -> None:
+        """Forget what expired with an epoch; `book` is the book after it."""
         self._batch.rows[_DROP_CREDENTIAL].extend((one.number,) for one in held)
         self._batch.book = book
+
+    def conclude(self, pending: Pending, book: Book, *, performed: bool) -> None:
+        """Forget a pending of an ended epoch with its inputs, in one step with what is known of it
+        instead: a receipt if it was performed, and the book after it."""
+        self._drop(pending, *pending.inputs)
+        self._batch.book = book
+        if performed:
+            self._performed_now(pending.attempts[0].operation, pending.memo)
 
     def forget_receipts(self, up_to: int) -> None:
         """Forget the receipts with seq <= up_to: a published anchor has them."""
@@ -308,6 +312,10 @@ class Journal:
     def _drop(self, pending: Pending, *inputs: Held) -> None:
         self._batch.rows[_DROP_PENDING].append((pending.number,))
         self._batch.rows[_DROP_CREDENTIAL].extend((one.number,) for one in inputs)
+
+    def _performed_now(self, operation: Operation, memo: bytes) -> None:
+        if memo and operation in (Operation.INSERT, Operation.DELETE):
+            self._keep_receipt(operation, memo)
 
     def _keep_receipt(self, operation: Operation, memo: bytes) -> None:
         self._last_receipt += 1

@@ -2,9 +2,9 @@
 
     credentials   epoch (32 B) || Credential.encode()
     pendings      [epoch, [input number...],
-                   [[operation, delta, fingerprint, secrets, body, into]...], memo]
+                   [[operation, delta, fingerprint, secrets, body, into]...], memo, place]
     receipts      [operation, memo]
-    book          [bought, refunded, spent, expired]
+    book          [bought, refunded, spent, expired, lost]
     reserve       [credential number...]
 
 Reading raises ValueError, LookupError, TypeError or protocol.errors.Malformed for anything
@@ -42,18 +42,21 @@ def pack_pending(pending: Pending) -> bytes:
         [one.operation, one.delta, one.fingerprint, one.secrets, one.body, one.into]
         for one in pending.attempts
     ]
-    return codec.pack([pending.epoch, inputs, attempts, pending.memo])
+    return codec.pack([pending.epoch, inputs, attempts, pending.memo, pending.place])
 
 
 def unpack_pending(number: int, row: bytes, held: Mapping[int, Held]) -> Pending:
     """Inverse of pack_pending, given the rows of `credentials` by number."""
-    epoch, inputs, attempts, memo = _array(row)
+    epoch, inputs, attempts, memo, place = _array(row)
+    if not isinstance(inputs, list) or not isinstance(attempts, list):
+        raise TypeError("not a pending")
     return Pending(
         number,
         epoch,
         tuple(held[one] for one in inputs),
         tuple(_attempt(*attempt) for attempt in attempts),
         memo,
+        place,
     )
 
 
@@ -83,8 +86,8 @@ def pack_book(book: Book) -> bytes:
 
 def unpack_book(row: bytes) -> Book:
     """Inverse of pack_book."""
-    bought, refunded, spent, expired = _array(row)
-    return Book(bought, refunded, spent, expired)
+    bought, refunded, spent, expired, lost = _array(row)
+    return Book(bought, refunded, spent, expired, lost)
 
 
 def pack_reserve(reserve: Iterable[Held]) -> bytes:

@@ -11,16 +11,17 @@ could pay. What was ever part of a Pending is in the entry in vain.
 A Pending is its inputs and the one or two requests made with them. The first is the operation
 itself. If its answer never comes it is not known whether it was performed; then the second, a
 reissue of the same inputs, is made: the server performs only one of the two, and either answer
-tells which (net/store.py). So the outputs of one of the two, and only one, will be held.
+tells which (net/teller.py). So the outputs of one of the two, and only one, will be held.
 
 Invariants, between any two calls:
   - a credential is in one place only: a pool, the reserve, set aside by a Selection, or in one
     Pending;
-  - bought + refunded == held + pending + spent + expired, what is set aside or reserved
+  - bought + refunded == held + pending + spent + expired + lost, what is set aside or reserved
     counting as held;
   - credentials of two epochs are never in one Selection.
 
-When an epoch has ended its credentials are worth nothing: `expire` and `lose` take them out.
+When an epoch has ended its credentials are worth nothing: `expire` takes them out. A Pending of it
+stays one until it is known what became of it (`conclude`) or that this cannot be known (`lose`).
 
 Nothing here is durable: the journal records each Pending before it is spoken of to anyone, and
 each Settled after (wallet/journal.py).
@@ -72,13 +73,18 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Inputs of which it is not known yet which attempt spent them; none for new credentials."""
+    """Inputs of which it is not known yet which attempt spent them; none for new credentials.
+
+    `place`: of an insertion or deletion the storage key and the blob's SHA-256 (33 + 32 bytes),
+    where it shows for good, also after the epoch, whether it happened; empty for others.
+    """
 
     number: int
     epoch: bytes
     inputs: tuple[Held, ...]
     attempts: tuple[Attempt, ...]
     memo: bytes = b""
+    place: bytes = b""
 
     @property
     def amount(self) -> int:
@@ -114,12 +120,17 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Book:
-    """Tokens ever bought, refunded, spent, and lost with an epoch that ended."""
+    """Tokens ever bought, refunded and spent, and those that ended with their epoch.
+
+    `expired`: in credentials of it; `lost`: the prices of requests of it that were cut short and of
+    which nobody can tell any more whether they were performed, so that they are spent or expired.
+    """
 
     bought: int = 0
     refunded: int = 0
     spent: int = 0
     expired: int = 0
+    lost: int = 0
 
     def entered(self, operation: Operation, delta: int) -> Book:
         """The book after one performed operation."""
@@ -152,9 +163,10 @@ class Conservation:
 
     @property
     def holds(self) -> bool:
-        """Whether bought + refunded == held + pending + spent + expired."""
+        """Whether bought + refunded == held + pending + spent + expired + lost."""
         book = self.book
-        return book.bought + book.refunded == self.balance.total + book.spent + book.expired
+        gone = book.spent + book.expired + book.lost
+        return book.bought + book.refunded == self.balance.total + gone
 
 
 def split(total: int, whole: int) -> tuple[int, int]:
@@ -263,9 +275,12 @@ class Wallet:
             return None
         if self._draw(epoch):
             return self.select(epoch, delta, whole)
-        lost = f"; {self.book.expired} expired" if self.book.expired else ""
+        gone = self.book.expired + self.book.lost
+        lost = f"; {gone} expired" if gone else ""
+        held, pending = self.balance.held, self.balance.pending
+        waiting = f", and {pending} in requests that are not settled" if pending else ""
         raise EmptyWallet(
-            f"the operation costs {cost} tokens and the wallet has {self.balance.total}{lost}",
+            f"the operation costs {cost} tokens and the wallet has {held}{waiting}{lost}",
             "redeem a voucher",
         )
 
@@ -342,7 +357,12 @@ class Wallet:
             self._add(self._aside.pop(one.number))
 
     def begin(
-        self, epoch: bytes, inputs: Sequence[Held], attempt: Attempt, memo: bytes = b""
+        self,
+        epoch: bytes,
+        inputs: Sequence[Held],
+        attempt: Attempt,
+        memo: bytes = b"",
+        place: bytes = b"",
     ) -> Pending:
         """Selected inputs (or none, for new credentials) become those of a pending.
 
@@ -350,7 +370,7 @@ class Wallet:
         """
         for one in inputs:
             del self._aside[one.number]
-        pending = Pending(self._number(), epoch, tuple(inputs), (attempt,), memo)
+        pending = Pending(self._number(), epoch, tuple(inputs), (attempt,), memo, place)
         self.pending[pending.number] = pending
         return pending
 
@@ -361,6 +381,19 @@ class Wallet:
         both = replace(pending, attempts=(*pending.attempts, attempt))
         self.pending[pending.number] = both
         return both
+
+    def renew(self, pending: Pending, epoch: bytes, attempt: Attempt) -> Pending:
+        """Ask for new credentials in another epoch, since the one that was asked in has ended.
+
+        The first attempt stays, as a sign that it may have been performed. To be durable before a
+        byte of the new one leaves.
+        """
+        if pending.inputs:
+            raise ValueError("credentials belong to one epoch")
+        attempts = (pending.attempts[0], attempt)
+        renewed = replace(pending, epoch=epoch, attempts=attempts)
+        self.pending[pending.number] = renewed
+        return renewed
 
     def settle(
         self, pending: Pending, attempt: Attempt, outputs: tuple[Credential, Credential]
@@ -391,10 +424,24 @@ class Wallet:
         self._write_down(sum(one.amount for one in expired))
         return expired
 
-    def lose(self, pending: Pending) -> None:
-        """The epoch of a pending has ended: what became of it will never be known."""
+    def conclude(self, pending: Pending, *, performed: bool) -> None:
+        """The epoch of a pending has ended, and it is known whether its first attempt happened.
+
+        What it presented, or was issued for it, is worth nothing now.
+        """
         del self.pending[pending.number]
-        self._write_down(pending.amount)
+        first, left = pending.attempts[0], pending.amount
+        if performed:
+            self.book = self.book.entered(first.operation, first.delta)
+            left += first.delta
+        self._write_down(left)
+
+    def lose(self, pending: Pending) -> None:
+        """The epoch of a pending has ended, and what became of it will never be known."""
+        del self.pending[pending.number]
+        price = max(0, -pending.attempts[0].delta)
+        self._write_down(pending.amount - price)
+        self.book = replace(self.book, lost=self.book.lost + price)
 
     def _write_down(self, amount: int) -> None:
         self.book = replace(self.book, expired=self.book.expired + amount)

@@ -73,6 +73,7 @@ SECONDS_PER_HOUR: Final = 3_600
 RETRY_AFTER: Final = 2
 _BUSY: Final = Refused(Reason.BUSY, RETRY_AFTER)
 _BUSY_FRAME: Final = _BUSY.encode()
+_ENDED: Final = Refused(Reason.EPOCH_ENDED)
 
 
 class Handler:
@@ -149,7 +150,7 @@ class Handler:
         epochs = self._epochs
         epoch = epochs.find(request.epoch)
         if epoch is None:
-            return Refused(_epoch_refusal(epochs, request.epoch))
+            return await self._out_of_use(epochs, request)
         credentials = parse(request.credentials, request.presented)
         if isinstance(request, ReissueRequest) and not request.presented:
             return _free_credentials(epoch, request, credentials)
@@ -188,11 +189,24 @@ class Handler:
             serials=credentials.serials,
             issued=issued,
             change=change,
+            into=into.number,
         )
         verdict: Verdict = await self._ledger.apply(transaction)
         if isinstance(verdict, Known):
             return await self._recalled(request, fingerprint, verdict)
+        if verdict == _ENDED and not self._epochs.has_ended(request.epoch):
+            return _BUSY  # it ends just now: nobody hears so before we list it no more
         return verdict
+
+    async def _out_of_use(self, epochs: Epochs, request: CredentialedRequest) -> Reply:
+        """An epoch that ended pays for nothing; but what was moved out of it in time is told again
+        for as long as the epoch lasts that it was moved into."""
+        if isinstance(request, ReissueRequest) and request.into and epochs.find(request.into):
+            fingerprint = request.fingerprint
+            known = await self._ledger.recall(fingerprint, ())
+            if known is not None:
+                return await self._recalled(request, fingerprint, known)
+        return Refused(_epoch_refusal(epochs, request.epoch))
 
     async def _open_entry(self, request: OpenEntryRequest) -> Reply:
         """Free, so whoever has not paid for an entry gets no further than one read."""

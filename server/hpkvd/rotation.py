@@ -1,7 +1,9 @@
 """A serving server's epochs: begun on schedule, taken up when a command began them, ended.
 
-Ending an epoch has an order: the handler no longer finds it, then the ledger refuses it, durably,
-then what is kept of it goes, the secret key first. A crash in between leaves what the next start
+Ending an epoch has an order: the ledger refuses it, durably; then the handler no longer lists it;
+then what is kept of it goes, the secret key first. So whoever is told that an epoch has ended can
+rely on it that no request of it is performed any more, in no process: a look at a storage key then
+tells for good whether an insertion in it was. A crash in between leaves what the next start
 finishes: the ledger's `oldest_epoch` only grows, so an epoch that ended never comes back.
 """
 
@@ -52,9 +54,20 @@ class Rotation:
         oldest = self._ledger.oldest_epoch
         return epoch_files.load(self._directory, self._identity, self._keep, oldest)
 
-    async def run(self, handler: Handler, epochs: Epochs) -> None:
-        """Until cancelled. Errors are told, and tried again: settings may be in the making."""
-        await self._end_others(epochs)
+    async def run(
+        self,
+        handler: Handler,
+        epochs: Epochs,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Until cancelled. Errors are told, and tried again: settings may be in the making.
+
+        Started when the handler may answer: what `epochs` does not have, the ledger refuses.
+        """
+        await self._retire_before(epochs)
+        epoch_files.forget(self._directory, epochs.oldest.number)
+        task_status.started()
         while True:
             await trio.sleep(POLL_SECONDS)
             try:
@@ -75,12 +88,13 @@ class Rotation:
         if number == epochs.newest.number and config.epochs.keep == self._keep:
             return epochs
         changed = self.load(config)
+        await self._retire_before(changed)
         handler.use(changed)
         log.tell(
             f"epoch {changed.newest.number} is in use; tokens of epoch"
             f" {changed.oldest.number} and later ones can be presented"
         )
-        await self._end_others(changed)
+        epoch_files.forget(self._directory, changed.oldest.number)
         return changed
 
     def _is_due(self, config: Config, epochs: Epochs) -> bool:
@@ -89,8 +103,6 @@ class Rotation:
         began = epoch_files.began(self._directory, epochs.newest.number)
         return self._clock() >= began + config.epochs.days * SECONDS_PER_DAY
 
-    async def _end_others(self, epochs: Epochs) -> None:
-        oldest = epochs.oldest.number
-        if oldest > self._ledger.oldest_epoch:
-            await self._ledger.retire(oldest)
-        epoch_files.forget(self._directory, oldest)
+    async def _retire_before(self, epochs: Epochs) -> None:
+        if epochs.oldest.number > self._ledger.oldest_epoch:
+            await self._ledger.retire(epochs.oldest.number)

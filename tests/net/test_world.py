@@ -21,6 +21,7 @@ from hpkvfs.errors import EmptyWallet, KeyAbsent, KeyExists, Unreachable, VaultE
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.protocol.group import SigningKey
 from hpkvfs.protocol.tariff import Operation
+from hpkvfs.wallet.journal import Receipt
 from tests.doubles import Fault
 from tests.net.harness import World, running
 from tests.store_contract import memo_of, new_blob
@@ -137,6 +138,9 @@ class Life:
         receipts = await self.store.recover()
         await self.world.wire.deliver_late()
         self.world.assert_conserved(self.store)
+        await self.check_blobs(receipts)
+
+    async def check_blobs(self, receipts: list[Receipt]) -> None:
         told = {(receipt.operation, receipt.memo) for receipt in receipts}
         for signer, blob in BLOBS:
             inserted = (Operation.INSERT, memo_of(blob)) in told

@@ -66,7 +66,7 @@ def opening(stored: StoreEntry, now: int) -> Opening:
     return Opening(stored.key, stored.digest, now)
 
 
-def transaction(what: str, change: Change, *serials: str) -> Transaction:
+def transaction(what: str, change: Change, *serials: str, into: int = 0) -> Transaction:
     operation = OPERATIONS[type(change)]
     return Transaction(
         fingerprint=name(what),
@@ -76,6 +76,7 @@ def transaction(what: str, change: Change, *serials: str) -> Transaction:
         serials=tuple(b"\3" + name(serial) for serial in serials),
         issued=b"issued for " + what.encode(),
         change=change,
+        into=into,
     )
 
 

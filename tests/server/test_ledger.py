@@ -396,6 +396,29 @@ async def test_an_epoch_that_ended_is_refused_and_forgotten(funded: Engine) -> N
     assert await funded.read(key("x")) == blob("x")
 
 
+async def test_a_move_is_kept_as_long_as_where_it_went(funded: Engine) -> None:
+    """Out of epoch 1 into 2; presented again when 1 has ended, and when 2 has."""
+    move = transaction("move", None, "s1", "s2", into=2)
+    other = transaction("other", None, "s1", "s3", into=2)
+    done = await funded.apply(replace(move, delta=0))
+    assert isinstance(done, Done)
+    before = funded.totals()
+    await funded.retire(2)
+    await funded.retire(1)
+    assert isinstance(await funded.apply(move), Known)
+    assert outcome(await funded.apply(other)) is Reason.EPOCH_ENDED
+    with trio.fail_after(10):
+        while funded.totals().requests != before.requests - 1:  # the sale is of epoch 1
+            await trio.sleep(0.01)
+    assert isinstance(await funded.recall(move.fingerprint, ()), Known)
+    await funded.retire(3)
+    assert outcome(await funded.apply(move)) is Reason.EPOCH_ENDED
+    with trio.fail_after(10):
+        while funded.totals().requests:
+            await trio.sleep(0.01)
+    assert await funded.recall(move.fingerprint, ()) is None
+
+
 def _totals(**counts: int) -> Totals:
     """The rest is 0: nothing was paid for but by vouchers made here."""
     return Totals(**dict.fromkeys((one.name for one in fields(Totals)), 0) | counts)

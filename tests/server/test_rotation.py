@@ -263,6 +263,12 @@ class Two:
     def end(self) -> None:
         self.server.handler.use(Epochs([self.newer], who(), [epoch().parameters]))
 
+    async def end_newer_too(self) -> None:
+        later = epochs.next_epoch(self.newer.parameters, Tariff(), secrets.token_bytes)
+        await self.server.ledger.retire(3)
+        ended = [epoch().parameters, self.newer.parameters]
+        self.server.handler.use(Epochs([later], who(), ended))
+
     def move(self) -> Purchase:
         return self.purse.move(self.newer.parameters)
 
@@ -314,9 +320,33 @@ async def test_a_replay_is_recalled_while_the_epoch_lasts_and_then_refused(two: 
 
 
 async def test_a_request_that_an_end_overtakes_is_refused(two: Two) -> None:
-    """It passed the handler when its epoch was in use; its serials may be forgotten by now."""
+    """It passed the handler when its epoch was in use; its serials may be forgotten by now. That it
+    ended is not said while the list has it: who hears so must find it in no list any more."""
     await two.server.ledger.retire(2)
-    assert await two.server.ask(two.purse.reissue().request) == Refused(Reason.EPOCH_ENDED)
+    late = two.purse.reissue().request
+    busy = await two.server.ask(late)
+    assert isinstance(busy, Refused) and busy.reason is Reason.BUSY
+    two.end()
+    assert await two.server.ask(late) == Refused(Reason.EPOCH_ENDED)
+
+
+async def test_a_move_is_told_again_until_where_it_went_ends(two: Two) -> None:
+    """Its credentials are worth something so long; and nothing else of the old epoch is."""
+    purchase = two.move()
+    done = await two.server.ask(purchase.request)
+    never = two.move()
+    await two.server.ledger.retire(2)
+    assert await two.server.ask(purchase.request) == done
+    two.end()
+    while two.server.ledger._sweep.due:
+        await two.server.ledger._tidied()
+    assert await two.server.ask(purchase.request) == done
+    assert await two.server.ask(never.request) == Refused(Reason.EPOCH_ENDED)
+    await two.end_newer_too()
+    assert await two.server.ask(purchase.request) == Refused(Reason.EPOCH_ENDED)
+    while two.server.ledger._sweep.due:
+        await two.server.ledger._tidied()
+    assert two.server.ledger.totals().requests == 0
 
 
 NOWHERE: dict[str, Callable[[Two], bytes]] = {

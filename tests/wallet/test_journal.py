@@ -273,7 +273,7 @@ async def test_a_newer_format_is_left_alone(disk: Disk) -> None:
     disk.open()
     disk.opened.pop().close()
     with closing(sqlite3.connect(disk.path)) as database:
-        database.execute("PRAGMA user_version = 3")
+        database.execute("PRAGMA user_version = 4")
     with pytest.raises(NewerFormat):
         disk.open()
 

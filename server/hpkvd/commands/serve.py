@@ -336,7 +336,7 @@ async def _answer(
                 epochs = keeper.load(config)
                 queue = config.limits.queue
                 handler = Handler(epochs, ledger, meter=meter, queue=queue, cashier=desk)
-                nursery.start_soon(keeper.run, handler, epochs)
+                await nursery.start(keeper.run, handler, epochs)
                 await serving.answer(sockets, handler, config.limits, stop, ready)
                 nursery.cancel_scope.cancel()
     finally:

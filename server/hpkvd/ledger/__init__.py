@@ -95,7 +95,11 @@ Change: TypeAlias = Read | Insert | Delete | Redeem | StoreEntry | None
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """A verified request: `delta` tokens go to its credentials, `issued` is the reply."""
+    """A verified request: `delta` tokens go to its credentials, `issued` is the reply.
+
+    `epoch`: number of that in which it pays; `into`: of that in which its credentials are issued,
+    if that is a later one.
+    """
 
     fingerprint: bytes
     epoch: int
@@ -104,6 +108,12 @@ class Transaction:
     serials: tuple[bytes, ...]
     issued: bytes = field(repr=False)
     change: Change
+    into: int = 0
+
+    @property
+    def kept_with(self) -> int:
+        """Number of the epoch whose end ends its record: the last in which `issued` has a use."""
+        return max(self.epoch, self.into)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ CREATE TABLE hpkvd (
 );
 CREATE TABLE request (
     fingerprint BYTEA PRIMARY KEY,  -- SHA-256 of the request's body
-    epoch       BIGINT NOT NULL,    -- number of the epoch it was paid in
+    epoch       BIGINT NOT NULL,    -- number of the last epoch it names: it goes when that ends
     operation   BIGINT NOT NULL,
     outcome     BIGINT NOT NULL,
     delta       BIGINT NOT NULL,    -- tokens added to its credentials
@@ -478,7 +478,7 @@ class _Sheet:
 def _row(transaction: Transaction, fact: Fact) -> tuple[object, ...]:
     return (
         transaction.fingerprint,
-        transaction.epoch,
+        transaction.kept_with,
         int(fact.operation),
         int(fact.outcome),
         fact.delta,

@@ -224,11 +224,14 @@ def refusal(tables: Reading, change: Change) -> Reason | None:
 
 
 def _apply(tables: Tables, transaction: Transaction, posting: Posting) -> Verdict:
-    if transaction.epoch < tables.oldest_epoch:
+    has_ended = transaction.epoch < tables.oldest_epoch
+    if transaction.kept_with < tables.oldest_epoch:
         return Refused(Reason.EPOCH_ENDED)
-    known = tables.known(transaction.fingerprint, transaction.serials)
+    known = tables.known(transaction.fingerprint, () if has_ended else transaction.serials)
     if known:
         return Known(known)
+    if has_ended:
+        return Refused(Reason.EPOCH_ENDED)
     reason = refusal(tables, transaction.change)
     if reason is not None:
         return Refused(reason)

@@ -67,7 +67,7 @@ SWEEP_ROWS_WHEN_BUSY: Final = 64
 SCHEMA: Final = """
 CREATE TABLE request (
     fingerprint BLOB PRIMARY KEY,   -- SHA-256 of the request's body
-    epoch       INTEGER NOT NULL,   -- number of the epoch it was paid in
+    epoch       INTEGER NOT NULL,   -- number of the last epoch it names: it goes when that ends
     operation   INTEGER NOT NULL,
     outcome     INTEGER NOT NULL,
     delta       INTEGER NOT NULL,   -- tokens added to its credentials
@@ -235,7 +235,8 @@ class _Rows:
     def record(self, transaction: Transaction, fact: Fact) -> None:
         """See rules.Tables."""
         fingerprint, issued = transaction.fingerprint, transaction.issued
-        row = (fingerprint, transaction.epoch, fact.operation, fact.outcome, fact.delta, issued)
+        epoch = transaction.kept_with
+        row = (fingerprint, epoch, fact.operation, fact.outcome, fact.delta, issued)
         self._connection.execute("INSERT INTO request VALUES (?, ?, ?, ?, ?, ?)", row)
         rows = [(serial, fingerprint) for serial in transaction.serials]
         self._connection.executemany("INSERT INTO serial VALUES (?, ?)", rows)
