@@ -595,7 +595,10 @@ def _check_mounted_on(settings: Settings, directory: Path) -> None:
 @json_option
 @pass_settings
 def sync(settings: Settings, as_json: bool) -> None:
-    """Publish all changes so far, and return when they are at the server."""
+    """Publish all changes so far, and return when they are at the server.
+
+    Also what programs wrote to files that they still have open.
+    """
     result = settings.perform("sync", {}, "publishing")
     show(result, as_json, lambda r: f"generation {r['generation']} is at the server")
 

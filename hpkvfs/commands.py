@@ -113,7 +113,10 @@ class Commands:
         }
 
     async def _sync(self, arguments: Arguments, progress: Progress) -> Result:
-        await self.session.publish(progress)
+        try:
+            await self.session.pull()
+        finally:
+            await self.session.publish(progress)
         return {"generation": self.session.status()["generation"]}
 
     async def _gc(self, arguments: Arguments, progress: Progress) -> Result:

@@ -30,7 +30,8 @@ from hpkvfs.fs.backend import Backend, run
 from hpkvfs.fs.filesystem import Changes, Filesystem
 from hpkvfs.fs.shelf import SNAPSHOTS_INO, is_fleeting
 from hpkvfs.types import BlobRef, Missing
-from hpkvfs.volume.items import BLOCK, MAX_NAME, Inode
+from hpkvfs.volume.items import BLOCK, MAX_NAME, ROOT_INO, Inode
+from hpkvfs.writeback import Writeback
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +67,10 @@ class Adapter(pyfuse3.Operations):
     enable_writeback_cache = True
     enable_acl = True
 
-    def __init__(self, backend: Backend, follows: bool) -> None:
+    def __init__(self, backend: Backend, follows: bool, writeback: Writeback) -> None:
         super().__init__()
         self._backend = backend
+        self._writeback = writeback
         self._follows = follows
         self.enable_writeback_cache = not follows  # or the kernel would not believe in a new size
         self._fs = backend.fs
@@ -115,7 +117,8 @@ class Adapter(pyfuse3.Operations):
             entry.entry_timeout = entry.attr_timeout = FOLLOW_SECONDS
         return entry
 
-    def _opened(self, ino: int) -> pyfuse3.FileInfo:
+    def _opened(self, ino: int, flags: int) -> pyfuse3.FileInfo:
+        self._writeback.opened(ino, flags)
         return pyfuse3.FileInfo(fh=ino, keep_cache=not self._follows)
 
     # -- names -----------------------------------------------------------------------
@@ -127,6 +130,8 @@ class Adapter(pyfuse3.Operations):
         except pyfuse3.FUSEError as error:
             if error.errno != errno.ENOENT or parent_inode == SNAPSHOTS_INO:
                 raise
+            if parent_inode == ROOT_INO and (ino := self._writeback.named(name)) is not None:
+                return self._held(await self._do(self._fs.getattr, ino))
             return self._brief(_absent())
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -152,7 +157,7 @@ class Adapter(pyfuse3.Operations):
         """See pyfuse3."""
         mode = stat.S_IFREG | stat.S_IMODE(mode)
         made = await self._do(self._fs.make, parent_inode, name, mode, ctx.uid, ctx.gid)
-        return self._opened(made.ino), self._held(made)
+        return self._opened(made.ino, flags), self._held(made)
 
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: Any) -> Any:
         """See pyfuse3."""
@@ -290,7 +295,7 @@ class Adapter(pyfuse3.Operations):
         """See pyfuse3."""
         if flags & os.O_TRUNC:
             await self._do(self._fs.setattr, inode, Changes(size=0))
-        return self._opened(inode)
+        return self._opened(inode, flags)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """See pyfuse3."""
@@ -337,6 +342,7 @@ class Adapter(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         """See pyfuse3."""
         self._reads.pop(fh, None)
+        self._writeback.closed(fh)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """See pyfuse3."""
@@ -437,6 +443,7 @@ async def serve(
     mountpoint: str,
     options: set[str],
     ready: Callable[[], None],
+    writeback: Writeback,
     *,
     follows: bool = False,
 ) -> None:
@@ -445,7 +452,7 @@ async def serve(
     `follows`: what is below may change, so the kernel may not rely on it for long.
     """
     vars(pyfuse3)["trio"] = Trio()  # as pyfuse3.asyncio does
-    pyfuse3.init(Adapter(backend, follows), mountpoint, options)
+    pyfuse3.init(Adapter(backend, follows, writeback), mountpoint, options)
     try:
         ready()
         await pyfuse3.main()
@@ -459,6 +466,11 @@ def forget_name(parent: int, name: bytes) -> None:
     pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
     with suppress(OSError):  # it does not know the directory
         pyfuse3.invalidate_inode(parent, attr_only=True)
+
+
+def forget_alias(name: bytes) -> None:
+    """Have the kernel let go of a name in the root directory that was for a moment."""
+    pyfuse3.invalidate_entry_async(ROOT_INO, name, ignore_enoent=True)
 
 
 async def forget_caches(fs: Filesystem) -> None:

@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -53,6 +54,7 @@ from hpkvfs.timeline import SnapshotBackend, Timeline, is_name_taken
 from hpkvfs.upkeep import look_after
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.wallet import journal
+from hpkvfs.writeback import Writeback
 
 log = logging.getLogger(__name__)
 
@@ -264,6 +266,7 @@ class MountedCommands(Commands):
     async def _unmount(self, arguments: Arguments, progress: Progress) -> Result:
         """Publish while the filesystem still answers, then unmount, then the rest."""
         self._report = progress
+        await _pull(self.session)
         if not await _is_pointless(self.session, self._vault.way):
             try:
                 await self.session.publish(progress)
@@ -302,6 +305,7 @@ async def mount(vault: Vault, request: Mount) -> None:
     async with opened(vault, request.options) as session:
         session.reserve_room()
         session.followed = lambda: fuse.forget_caches(session.fs)
+        writeback = Writeback(fuse.forget_alias)
         await _start(vault, session, request)
         backend: Backend = session
         if request.snapshot is not None:
@@ -319,9 +323,12 @@ async def mount(vault: Vault, request: Mount) -> None:
                         look = (request.policy, request.collect_every, served.turn)
                         background.start_soon(look_after, session, *look)
                     session.changed_behind = fuse.forget_name
-                    await _serve(fuse, backend, directory, options, request, served)
+                    session.pull = partial(writeback.pull, directory)
+                    await _serve(fuse, backend, directory, options, request, served, writeback)
+                    session.pull = trio.lowlevel.checkpoint
                     served.unmounted = True
-                    await _unless_told_again(served.finish)
+                    with trio.open_signal_receiver(*STOP) as signals:
+                        await _unless_told_again(served.finish, signals)
                     background.cancel_scope.cancel()
             finally:
                 vault.state.control.unlink(missing_ok=True)
@@ -380,6 +387,7 @@ async def _serve(
     options: set[str],
     request: Mount,
     served: MountedCommands,
+    writeback: Writeback,
 ) -> None:
     """Answer the kernel until unmounted, a signal to stop, or a forced unmount."""
     is_mounted = False
@@ -394,6 +402,7 @@ async def _serve(
     async def leave_on_signal() -> None:
         with trio.open_signal_receiver(*STOP) as signals:
             await anext(signals)
+            await _unless_told_again(partial(_pull, served.session), signals)
             fuse.stop()
 
     async def leave_when_told() -> None:
@@ -402,7 +411,8 @@ async def _serve(
 
     async with trio.open_nursery() as nursery:
         try:
-            await fuse.serve(backend, str(directory), options, ready, follows=request.read_only)
+            follows = request.read_only
+            await fuse.serve(backend, str(directory), options, ready, writeback, follows=follows)
         except RuntimeError as error:
             if is_mounted:
                 raise
@@ -413,14 +423,23 @@ async def _serve(
         nursery.cancel_scope.cancel()
 
 
-async def _unless_told_again(function: Callable[[], Awaitable[None]]) -> None:
+async def _pull(session: Session) -> None:
+    """Take over what the kernel holds, as far as it can be."""
+    try:
+        await session.pull()
+    except HpkvError as error:
+        log.warning("before unmounting: %s", error)
+
+
+async def _unless_told_again(
+    function: Callable[[], Awaitable[None]], signals: AsyncIterator[int]
+) -> None:
     """Run it, but leave it at the next signal to stop."""
 
     async def obey() -> None:
-        with trio.open_signal_receiver(*STOP) as signals:
-            await anext(signals)
-            log.warning("stopped before all was published; the rest is kept")
-            nursery.cancel_scope.cancel()
+        await anext(signals)
+        log.warning("stopped before all was published; the rest is kept")
+        nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(obey)

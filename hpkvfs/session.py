@@ -166,6 +166,7 @@ class Session:
         self.offline_because: HpkvError | None = None
         self.broken: VaultError | None = None
         self.followed: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self.pull: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.took_over: TakeOver | None = None
         self._covered = 0
         next_id = volume.known.anchor.next_id if volume.known else BlobId(0)

@@ -77,6 +77,7 @@ class Timeline:
             raise UserError(f"{LIVE!r} means the files as they are now", "choose another name")
         if len(encode_tables([*there, *there[-1:]])) > MAX_TABLES - 1:
             raise VaultError("there are too many snapshots", "delete some: hpkvfs snapshot delete")
+        await self.session.pull()
         self.session.publisher.create.append(name)
         await self._publish([name], [], progress)
         return await self.find(name)
@@ -164,6 +165,7 @@ class Timeline:
     async def diff(self, old: str, new: str = LIVE) -> list[Change]:
         """How one snapshot differs from another, or from what is there now; by path."""
         if LIVE in (old, new):
+            await self.session.pull()
             await self.session.publish()
         before, after = await self._root(old), await self._root(new)
         pinned = Pinned(self.volume)
