@@ -386,6 +386,9 @@ Examples:
               show_default=True, help="Encrypted cache on this disk.")  # fmt: skip
 @click.option("--memory", type=click.IntRange(min=64), default=256, metavar="MIB",
               show_default=True, help="Memory to get by with, unpublished data apart.")  # fmt: skip
+@click.option("--log-limit", type=click.IntRange(min=1), default=256, metavar="MIB",
+              show_default=True,
+              help="Changes that may wait for the server; past it, writing does.")  # fmt: skip
 @click.option("--patience", type=click.FloatRange(min=1), metavar="S",
               show_default="20, over Tor 120", help="Seconds until a read gives up.")  # fmt: skip
 @spread_option
@@ -415,6 +418,7 @@ def mount_(
     durability: str,
     cache_size: int,
     memory: int,
+    log_limit: int,
     patience: float | None,
     spread: float,
     takeover: bool,
@@ -449,7 +453,7 @@ def mount_(
     if not foreground:
         flags = ["--publish-interval", str(publish_interval), "--durability", durability,
                  "--cache-size", str(cache_size), "--memory", str(memory),
-                 "--spread", str(spread)]  # fmt: skip
+                 "--spread", str(spread), "--log-limit", str(log_limit)]  # fmt: skip
         flags += ["--patience", str(patience)] if patience is not None else []
         flags += ["--follow-interval", str(follow_interval)]
         flags += ["--allow-other"] * allow_other + ["--read-only"] * read_only
@@ -466,6 +470,8 @@ def mount_(
         remote_durability=durability == "remote",
         cache_bytes=cache_size << 20,
         memory=memory << 20,
+        dirty_limit=log_limit << 20,
+        publish_at=log_limit << 19,
         patience=patience,
         spread=spread,
         read_only=read_only,

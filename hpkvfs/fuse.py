@@ -87,6 +87,12 @@ class Adapter(pyfuse3.Operations):
         except Exception as error:
             raise _unforeseen(operation, error) from None
 
+    async def _change(self, operation: Callable[..., T], *args: Any) -> T:
+        """As _do, once what waits to be published leaves room for more."""
+        if self._backend.is_crowded(0):
+            await self._wait(self._backend.admit, 0)
+        return await self._do(operation, *args)
+
     async def _do_with_loading(self, operation: Callable[..., T], *args: Any) -> T:
         try:
             return await run(self._backend, lambda: operation(*args))
@@ -145,44 +151,46 @@ class Adapter(pyfuse3.Operations):
 
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
         """See pyfuse3."""
-        made = await self._do(self._fs.make, parent_inode, name, mode, ctx.uid, ctx.gid, rdev)
+        made = await self._change(self._fs.make, parent_inode, name, mode, ctx.uid, ctx.gid, rdev)
         return self._held(made)
 
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> Any:
         """See pyfuse3."""
         mode = stat.S_IFDIR | stat.S_IMODE(mode)
-        return self._held(await self._do(self._fs.make, parent_inode, name, mode, ctx.uid, ctx.gid))
+        return self._held(
+            await self._change(self._fs.make, parent_inode, name, mode, ctx.uid, ctx.gid)
+        )
 
     async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
         """See pyfuse3."""
         mode = stat.S_IFREG | stat.S_IMODE(mode)
-        made = await self._do(self._fs.make, parent_inode, name, mode, ctx.uid, ctx.gid)
+        made = await self._change(self._fs.make, parent_inode, name, mode, ctx.uid, ctx.gid)
         return self._opened(made.ino, flags), self._held(made)
 
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: Any) -> Any:
         """See pyfuse3."""
         return self._held(
-            await self._do(self._fs.symlink, parent_inode, name, target, ctx.uid, ctx.gid)
+            await self._change(self._fs.symlink, parent_inode, name, target, ctx.uid, ctx.gid)
         )
 
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Any) -> Any:
         """See pyfuse3."""
-        return self._held(await self._do(self._fs.link, inode, new_parent_inode, new_name))
+        return self._held(await self._change(self._fs.link, inode, new_parent_inode, new_name))
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
         """See pyfuse3."""
-        await self._do(self._fs.unlink, parent_inode, name)
+        await self._change(self._fs.unlink, parent_inode, name)
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None:
         """See pyfuse3."""
-        await self._do(self._fs.rmdir, parent_inode, name)
+        await self._change(self._fs.rmdir, parent_inode, name)
 
     async def rename(
         self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes,
         flags: int, ctx: Any,
     ) -> None:  # fmt: skip
         """See pyfuse3."""
-        await self._do(
+        await self._change(
             self._fs.rename, parent_inode_old, name_old, parent_inode_new, name_new, flags
         )
 
@@ -243,7 +251,7 @@ class Adapter(pyfuse3.Operations):
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
             ctime=attr.st_ctime_ns if fields.update_ctime else None,
         )
-        return self._attributes(await self._do(self._fs.setattr, inode, changes))
+        return self._attributes(await self._change(self._fs.setattr, inode, changes))
 
     async def access(self, inode: int, mode: int, ctx: Any) -> bool:
         """See pyfuse3; the kernel checks permissions itself (default_permissions)."""
@@ -269,10 +277,10 @@ class Adapter(pyfuse3.Operations):
             def set_acl() -> None:
                 self._fs.set_acl(inode, name, value, keep_setgid=member)
 
-            await self._do(set_acl)
+            await self._change(set_acl)
             return
         _check_namespace(name)
-        await self._do(self._fs.setxattr, inode, name, value)
+        await self._change(self._fs.setxattr, inode, name, value)
 
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         """See pyfuse3."""
@@ -287,14 +295,14 @@ class Adapter(pyfuse3.Operations):
 
     async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
         """See pyfuse3."""
-        await self._do(self._fs.removexattr, inode, name)
+        await self._change(self._fs.removexattr, inode, name)
 
     # -- data ------------------------------------------------------------------------
 
     async def open(self, inode: int, flags: int, ctx: Any) -> Any:
         """See pyfuse3."""
         if flags & os.O_TRUNC:
-            await self._do(self._fs.setattr, inode, Changes(size=0))
+            await self._change(self._fs.setattr, inode, Changes(size=0))
         return self._opened(inode, flags)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:

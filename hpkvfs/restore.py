@@ -166,6 +166,7 @@ class _Restorer:
 
     async def copy_one(self, source: Inode, parent: int, name: bytes) -> int | None:
         """Without what is in a directory; None for one more name of what is copied already."""
+        await self.session.admit(0)
         fs = self.session.fs
         if source.ino in self.links:
             await self.do(fs.link, self.links[source.ino], parent, name)

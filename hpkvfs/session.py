@@ -84,8 +84,9 @@ class Options:
     caches of nodes and extents take three eighths of it, the interpreter and what is under way
     the rest;
     publish_interval: seconds between generations while something changes; remote_durability:
-    fsync waits for the server; dirty_limit: bytes that may wait to be published;
-    publish_at: dirty bytes that are published without waiting for the interval; patience:
+    fsync waits for the server; dirty_limit: bytes of changes, those of names and attributes too,
+    that may wait to be published, in memory or in the log;
+    publish_at: so many are published without waiting for the interval; patience:
     seconds to try each request; spread: seconds over which each step of a publication is drawn
     out; snapshots_shown: they are readable under `.snapshots` in the root directory.
 
@@ -158,6 +159,7 @@ class Session:
         self._fs = fs
         self._flush = GroupFlush(fs)
         self._roomy_until, self._roomy_since = 0, 0.0
+        self._full = False
         self._connected = False
         self._connecting = trio.Lock()
         self._wake = trio.Event()
@@ -194,20 +196,26 @@ class Session:
 
     def is_crowded(self, size: int) -> bool:
         """Whether `admit` has anything to do."""
-        return self._fs.totals().dirty + size > self.options.publish_at
+        return self._fs.backlog + size > self.options.publish_at
 
     async def admit(self, size: int) -> None:
-        """Wait while too much is dirty; ENOSPC when it can't be published."""
-        dirty = self._fs.totals().dirty
-        if dirty + size > self.options.publish_at:
+        """Wait while too much is not published; ENOSPC when it can't be."""
+        waiting = self._fs.backlog
+        if waiting + size > self.options.publish_at:
             self._wake.set()
-        while dirty and dirty + size > self.options.dirty_limit:
+        while waiting and waiting + size > self.options.dirty_limit:
             if self.trouble is not None or not self._connected:
-                log.error("the local log is full and nothing can be published now")
+                self._say_it_is_full()
                 raise fail(errno.ENOSPC)
             self._wake.set()
             await self._settled.wait()
-            dirty = self._fs.totals().dirty
+            waiting = self._fs.backlog
+
+    def _say_it_is_full(self) -> None:
+        """Once, until something is published again."""
+        if not self._full:
+            log.error("the local log is full and nothing can be published: %s", self.trouble)
+        self._full = True
 
     def room(self, size: int) -> None:
         """ENOSPC when the tokens do not pay for what is dirty and `size` bytes more.
@@ -610,6 +618,7 @@ class Session:
             await self.connect()
             await self.publisher.publish(progress)
             self._flush.published()
+            self._full = False
         finally:
             self._settled.set()
             self._settled = trio.Event()

@@ -110,6 +110,11 @@ class Base(Below, Protocol):
 class Log(Protocol):
     """What a filesystem needs of its redo log; see redolog.py."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of it that no published generation covers."""
+        ...
+
     def replay(self, covered: int) -> Iterator[list[Effect]]:
         """Records after those that a generation covers."""
         ...
@@ -260,6 +265,16 @@ class Filesystem:
             files + sum(layer.usage_files for layer in layers),
             sum(layer.weight for layer in layers),
         )
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait to be published: of memory, or of the log where that has more.
+
+        The log has more when the same thing is changed again and again; memory has when a few
+        bytes here and there make many blocks.
+        """
+        frozen = 0 if self.frozen is None else self.frozen.weight
+        return max(self.active.weight + frozen, self._log.size)
 
     @property
     def view(self) -> View:

@@ -64,11 +64,17 @@ class RedoLog:
         self._retired: dict[int, int] = {}
         self._records = 0
         self._size = 0
+        self._sizes: dict[int, int] = {}
         self._last = (0, 0)
         self._zeroed = 0
         self.number = 0
         self.failure: OSError | None = None
         """Why an operation could not be added since files were last dropped."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that no published generation covers."""
+        return sum(self._sizes.values()) + self._size
 
     def replay(self, covered: int) -> Iterator[list[Effect]]:
         """Every record after the files that a generation covers, in order; then starts anew."""
@@ -136,7 +142,9 @@ class RedoLog:
         """End the current file: what is appended later goes to the next. Its number."""
         if self._fd is not None:
             self._retired[self.number] = self._fd
+            self._sizes[self.number] = self._size
         self._fd = self._cipher = None
+        self._size = 0
         return self.number
 
     def drop(self, covered: int) -> None:
@@ -147,6 +155,7 @@ class RedoLog:
         for number in self._files():
             if number <= covered:
                 self._path(number).unlink(missing_ok=True)
+                self._sizes.pop(number, None)
 
     def close(self) -> None:
         """Sync and close."""
@@ -180,7 +189,8 @@ class RedoLog:
     def _adopt(self, number: int) -> None:
         """What an earlier process wrote and did not sync is from now on synced with the rest."""
         if number != self.number and number not in self._retired:
-            self._retired[number] = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._retired[number] = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
+            self._sizes[number] = os.fstat(fd).st_size
 
     def _read(self, number: int, covered: int) -> Iterator[list[Effect]]:
         raw = self._path(number).read_bytes()

@@ -221,6 +221,8 @@ def _lift(kind: int, value: bytes, slot: int) -> bytes:
 class NoLog:
     """The redo log of a filesystem that can't be changed. See fs/redolog.py."""
 
+    size = 0
+
     def append(self, effects: Iterable[Effect]) -> None:
         """EROFS."""
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

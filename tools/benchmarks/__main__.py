@@ -21,6 +21,8 @@ BENCHMARKS = {
     "fs": "what programs do, beside gocryptfs, cryfs, s3ql and a pass-through (root; minutes)",
     "tor": "paid requests over Tor, each on its own circuit, on a private network",
     "space": "blobs that real trees cost: doc_ratio (at most 1.15), small_blobs (at most 100)",
+    "soak": "an hour of random system calls, kill -9 each minute: failures (must be 0)",
+    "memory": "peak memory of a mount whose tree of a million inodes is walked (--memory)",
     "simulate": "10,000 simulated lives of a client and its server: failures (must be 0)",
     "recover": "look-ups and rounds from the words to the first ls, at most 2 log2(commits) + 10",
 }
@@ -37,10 +39,12 @@ HELP = "\b\n" + "\n".join(f"{name:<13}{what}" for name, what in BENCHMARKS.items
 @click.argument("name", type=click.Choice(list(BENCHMARKS)))
 @click.option("--json", "as_json", is_flag=True, help="End with one line of JSON, not a table.")
 @click.option("--only", multiple=True, help="fs: a peer, or the beginning of a row.")
-def main(name: str, as_json: bool, only: tuple[str, ...]) -> None:
+@click.option("--minutes", type=float, help="soak: how long; 60 if not given.")
+def main(name: str, as_json: bool, only: tuple[str, ...], minutes: float | None) -> None:
     """Run one benchmark and print its figures."""
     module = importlib.import_module(f"tools.benchmarks.{name}")
-    figures = module.run(as_json, only) if only else module.run(as_json)
+    given: dict[str, object] = {"only": only, "minutes": minutes}
+    figures = module.run(as_json, **{key: value for key, value in given.items() if value})
     if as_json:
         click.echo(json.dumps(figures))
     else:
