@@ -2,7 +2,8 @@
 
 What is restored is made under another name beside its place, complete, and then takes its
 place in one step. So whoever looks sees the old or the new, and a restore that was cut short
-has changed nothing but left that other name behind (`.hpkvfs-restore-...`), to be deleted.
+has changed nothing but left that other name behind (`.hpkvfs-restore-...`). Which one that is is
+written down before it is made, so that the next restore, or mount, takes it away: `clear`.
 
 Data is copied, not shared: a blob is in one place of one tree only (volume/snapshots.py).
 """
@@ -13,8 +14,11 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+import msgpack
 
 from hpkvfs.control import Progress
 from hpkvfs.errors import HpkvError, UserError
@@ -29,6 +33,7 @@ T = TypeVar("T")
 
 CHUNK = 64 * BLOCK
 _TEMPORARY = b".hpkvfs-restore-"
+_NOTE = "restoring"
 
 
 @dataclass(slots=True)
@@ -62,7 +67,24 @@ async def restore(
     UserError when it is not in the snapshot, or something is in its place and `replace` is
     not given; StoreError. `token`: random bytes for the name it has meanwhile.
     """
+    await clear(session)
     return await _Restorer(session, snapshot, progress).run(path, to, replace, token)
+
+
+async def clear(session: Session) -> None:
+    """Take away what a restore that was cut short has left behind; StoreError."""
+    note = session.note(_NOTE)
+    if not note:
+        return
+    parent, name = msgpack.unpackb(note)
+    try:
+        if (await run(session, lambda: session.fs.getattr(parent))).is_dir:
+            await remove(session, parent, name)
+            session.changed_behind(parent, name)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise _explained(error, name.decode()) from error
+    await session.keep_note(_NOTE, b"")
 
 
 class _Restorer:
@@ -87,15 +109,16 @@ class _Restorer:
         if place.now is not None and place.now.is_dir != source.is_dir:
             raise UserError(f"{to or path} is there, and is another kind of thing")
         temporary = _TEMPORARY + token.hex().encode()
+        await self.session.keep_note(_NOTE, msgpack.packb([place.parent, temporary]))
         try:
             await self.copy(source, place.parent, temporary)
             flags = RENAME_EXCHANGE if place.now is not None and source.is_dir else 0
             await self.do(fs.rename, place.parent, temporary, place.parent, place.name, flags)
         except (OSError, HpkvError) as error:
-            await self.remove(place.parent, temporary)
+            with suppress(HpkvError):  # else it is noted, and done another time
+                await clear(self.session)
             raise _explained(error, to or path) from error
-        if flags:
-            await self.remove(place.parent, temporary)
+        await clear(self.session)
         self.session.changed_behind(place.parent, place.name)
         return self.done
 
@@ -211,18 +234,19 @@ class _Restorer:
         except Missing:
             return []  # only a hint
 
-    async def remove(self, parent: int, name: bytes) -> None:
-        """Remove a tree, as far as that can be done."""
-        fs = self.session.fs
-        found = await self.find(parent, name)
-        if found is None:
-            return
-        if not found.is_dir:
-            await self.do(fs.unlink, parent, name)
-            return
-        for below, _ in await self.entries(found.ino):
-            await self.remove(found.ino, below)
-        await self.do(fs.rmdir, parent, name)
+
+async def remove(session: Session, parent: int, name: bytes) -> None:
+    """Remove a tree; OSError (ENOENT when there is none), StoreError."""
+    fs = session.fs
+    found = await run(session, lambda: fs.lookup(parent, name))
+    if not found.is_dir:
+        await run(session, lambda: fs.unlink(parent, name))
+        return
+    while entries := await run(session, lambda: fs.readdir(found.ino, -1, 1_000)):
+        for entry in entries:
+            await session.admit(0)
+            await remove(session, found.ino, entry.name)
+    await run(session, lambda: fs.rmdir(parent, name))
 
 
 def _parts(path: str) -> list[bytes]:

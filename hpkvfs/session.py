@@ -286,6 +286,17 @@ class Session:
         """Forget receipts that the known generation accounts for."""
         self.store.forget_receipts(mark)
 
+    # -- notes ---------------------------------------------------------------------------
+
+    def note(self, name: str) -> bytes:
+        """What `keep_note` kept under this name; empty when it is nothing."""
+        return self._journal.meta(f"note/{name}") or b""
+
+    async def keep_note(self, name: str, value: bytes) -> None:
+        """Remember something on this machine, durably and sealed; VaultError."""
+        self._journal.put_meta(f"note/{name}", value)
+        await self._journal.flush()
+
     # -- starting ------------------------------------------------------------------------
 
     def load_local(self, uid: int, gid: int) -> int:

@@ -1,4 +1,5 @@
-"""What a mounted vault does for itself: automatic snapshots by a policy, and collection.
+"""What a mounted vault does for itself: automatic snapshots by a policy, and collection; and
+once, taking away what an earlier process left behind.
 
 Collection is spread over its whole interval, so that deletions trickle out at random times
 and look like nothing in particular; what a mount was too short for, the next one goes on with.
@@ -10,6 +11,7 @@ import logging
 
 import trio
 
+from hpkvfs import restore
 from hpkvfs.errors import HpkvError
 from hpkvfs.keep import Policy
 from hpkvfs.session import Session
@@ -27,10 +29,20 @@ async def look_after(
 ) -> None:
     """Go on until cancelled. `turn` is held while snapshots change; 0 seconds: no collection."""
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(_clear, session, turn)
         if policy:
             nursery.start_soon(_keep_snapshots, session, policy, turn)
         if collect_every:
             nursery.start_soon(_collect, session, collect_every)
+
+
+async def _clear(session: Session, turn: trio.Lock) -> None:
+    """What an earlier process was about when it was killed."""
+    try:
+        async with turn:
+            await restore.clear(session)
+    except HpkvError as error:
+        log.info("what a restore left behind is taken away another time: %s", error)
 
 
 async def _keep_snapshots(session: Session, policy: Policy, turn: trio.Lock) -> None:

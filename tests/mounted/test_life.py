@@ -417,25 +417,50 @@ def test_a_changed_blob_is_noticed(own_server: Server, own_vault: Client) -> Non
     own_vault.run("mount", own_vault.directory, code=5)
 
 
-def test_a_lost_extent_costs_one_file_and_fsck_names_it(
+def test_what_a_server_lost_is_put_back_from_the_cache_or_named(
     own_server: Server, own_vault: Client
 ) -> None:
+    root = own_vault.directory
     own_vault.mount()
-    (own_vault.directory / "file").write_bytes(os.urandom(100_000))
-    (own_vault.directory / "other").write_text("other")
-    number = (own_vault.directory / "file").stat().st_ino
+    content = os.urandom(100_000)
+    (root / "dir").mkdir()
+    (root / "dir" / "file").write_bytes(content)
+    (root / "other").write_text("other")
+    number = (root / "dir" / "file").stat().st_ino
+    own_vault.run("sync")
+    assert own_vault.json("fsck", "--full", "--max-tokens", "2")["unchecked"] > 0
+    assert "unmount it first" in own_vault.run("fsck", "--repair", code=3).stderr
     own_vault.umount()
-    (own_vault.state / "cache").unlink()
     keys = VaultKeys.from_words(own_vault.words.read_text())
     lost = keys.signer(BlobId(0)).public  # a commit numbers file data first
-    harm(own_server, f"DELETE FROM blob WHERE key = x'{lost.hex()}'")
+    statement = f"DELETE FROM blob WHERE key = x'{lost.hex()}'"
+
+    harm(own_server, statement)
+    said = own_vault.run("fsck", "--full", "--repair").stdout
+    assert "repaired: " in said
+    own_vault.fsck()
+
+    harm(own_server, statement)
+    (own_vault.state / "cache").unlink()
     report = json.loads(own_vault.run("fsck", "--full", "--json", code=3).stdout)
-    assert [damage["ino"] for damage in report["damaged"]] == [number]
+    (damage,) = report["damaged"]
+    assert (damage["ino"], damage["path"]) == (number, "dir/file")
+    ((start, end),) = damage["ranges"]
+    assert end - start == 16_384
     own_vault.mount()
     with pytest.raises(OSError) as caught:
-        (own_vault.directory / "file").read_bytes()
+        (root / "dir" / "file").read_bytes()
     assert caught.value.errno == errno.EIO
-    assert (own_vault.directory / "other").read_text() == "other"
+    assert (root / "other").read_text() == "other"
+    own_vault.umount()
+
+    own_vault.run("fsck", "--full", "--repair", code=3)
+    own_vault.fsck()
+    own_vault.mount()
+    hole = content[:start] + bytes(end - start) + content[end:]
+    assert (root / "dir" / "file").read_bytes() == hole
+    name = os.getxattr(root / "dir" / "file", "user.hpkvfs.damaged")
+    assert name == b"%d-%d" % (start, end - 1)
     own_vault.umount()
 
 

@@ -5,6 +5,7 @@ Root is needed to be other users; without it, only what one user can see is trie
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
@@ -285,6 +286,36 @@ def test_listing_goes_on_where_it_was(here: Path) -> None:
                 touch(here / f"comes {number}")
     assert sorted(name for name in seen if name in stays) == sorted(stays)
     assert len(seen) == len(set(seen))
+
+
+def test_a_listing_is_sought_in_while_names_come_and_go(here: Path) -> None:
+    """What telldir(3) gave leads back to the same names as long as the directory is open."""
+    for number in range(600):
+        touch(here / f"{number:03}")
+    names: list[bytes] = []
+    places: list[int] = []
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.opendir.restype = libc.readdir.restype = ctypes.c_void_p
+    libc.telldir.restype = ctypes.c_long
+    listing = ctypes.c_void_p(libc.opendir(os.fsencode(here)))
+    try:
+        while (entry := libc.readdir(listing)) is not None:
+            names.append(ctypes.string_at(entry + 19))  # struct dirent of 64-bit Linux: d_name
+            places.append(libc.telldir(listing))
+        assert len(names) == 602 and len(set(places)) == 602
+        gone, stay = set(names[300:600:2]), names[301:600:2]
+        for name in gone - {b".", b".."}:
+            os.unlink(os.fsencode(here) + b"/" + name)
+        touch(here / "new")
+        libc.seekdir(listing, ctypes.c_long(places[299]))
+        again = []
+        while (entry := libc.readdir(listing)) is not None:
+            again.append(ctypes.string_at(entry + 19))
+        left = [name for name in again if name not in (b"new", *names[600:], *gone)]
+        assert left == [name for name in stay if name not in (b".", b"..")]
+        assert not gone & set(again)
+    finally:
+        libc.closedir(listing)
 
 
 def test_atomic_save(here: Path) -> None:

@@ -1,0 +1,149 @@
+"""Collections, automatic snapshots and restores of a whole vault, cut short and gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from hpkvfs import keep
+from hpkvfs.commands import Commands
+from hpkvfs.control import no_progress
+from hpkvfs.errors import Unreachable
+from hpkvfs.fs.backend import run
+from hpkvfs.restore import clear, restore
+from hpkvfs.session import Session
+from hpkvfs.timeline import Timeline
+from tests.adversary.vault import Vault, vault
+from tests.fs.play import play, tree
+
+BIG = bytes(range(256)) * 64 * 30
+FILE = (b"a", b"big")
+
+
+@pytest.fixture
+async def made(tmp_path: Path) -> AsyncIterator[Vault]:
+    async with vault(tmp_path) as made:
+        yield made
+
+
+async def write(session: Session, *path: bytes, data: bytes = BIG) -> None:
+    assert await play(session, ("file", path)) == 0
+    assert await play(session, ("write", path, 0, data)) == 0
+
+
+async def with_dead_blobs(session: Session) -> None:
+    await session.connect()
+    await write(session, *FILE)
+    await session.publish()
+    assert await play(session, ("unlink", FILE)) == 0
+    await session.publish()
+
+
+async def test_a_dry_run_tells_what_a_collection_then_does(made: Vault) -> None:
+    async with made.session() as session:
+        await with_dead_blobs(session)
+        commands = Commands(session, str)
+        before, blobs = session.store.balance.total, made.world.ledger.totals().blobs
+        told = await commands.run("gc", {"dry_run": True}, no_progress)
+        assert told["would_delete"] > 30 and told["blobs_held"] == 0
+        assert session.store.balance.total == before
+        assert made.world.ledger.totals().blobs == blobs, "it deletes nothing"
+        seen: list[tuple[int, int]] = []
+        done = await commands.run("gc", {}, lambda *progress: seen.append(progress))
+        assert done["deleted"] == told["would_delete"]
+        assert done["regained"] == told["would_regain"]
+        assert seen[-1] == (done["deleted"], done["deleted"])
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+        expected = await tree(session)
+    await made.assert_well(expected)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "no server"])
+async def test_a_collection_cut_short_is_gone_on_with(made: Vault, how: str) -> None:
+    """And each blob is paid back once."""
+    async with made.session() as session:
+        await with_dead_blobs(session)
+    async with made.session(patience=2) as session:
+        await session.connect()
+        wanted = session.collectable()[0]
+        with trio.CancelScope() as scope:
+
+            def cut(done: int, total: int) -> None:
+                if done == 7 and how == "cancelled":
+                    scope.cancel()
+                elif done == 7:
+                    made.world.wire.down = True
+
+            if how == "cancelled":
+                await session.gc(cut)
+            else:
+                with pytest.raises(Unreachable):
+                    await session.gc(cut)
+    made.world.wire.down = False
+    async with made.session() as session:
+        await session.connect()
+        assert 0 < session.collectable()[0] < wanted
+        done = await session.gc()
+        assert done.absent == [], "none is asked for again"
+        assert 7 <= wanted - len(done.deleted) < wanted
+        expected = await tree(session)
+        assert session.status()["blobs_dead"] <= 8, "what the last publications replaced"
+    await made.assert_well(expected)
+
+
+async def test_a_policy_over_half_a_day(made: Vault) -> None:
+    policy = keep.parse("hourly=3,daily=2")
+    async with made.session() as session:
+        await session.connect()
+        timeline = Timeline(session)
+        for hour in range(12):
+            made.world.clock.pass_hours(1)
+            await write(session, b"a", b"%d" % hour, data=b"small")
+            assert (await timeline.apply(policy))[0] is not None
+            assert (await timeline.apply(policy)) == (None, []), "one an hour"
+        assert 3 <= len(await timeline.snapshots()) <= 4
+        held = session.status()["blobs_held"]
+        await timeline.delete([s.name for s in await timeline.snapshots()])
+        assert session.status()["blobs_held"] == 0 < held
+        await session.gc()
+        expected = await tree(session)
+    await made.assert_well(expected)
+
+
+class Killed(BaseException):
+    """Nothing is tidied up after it."""
+
+
+async def test_what_a_killed_restore_left_is_taken_away(made: Vault) -> None:
+    options: Any = {"replace": False, "token": bytes(8)}
+
+    def kill(done: int, total: int) -> None:
+        if done == 3:
+            raise Killed
+
+    async with made.session() as session:
+        await session.connect()
+        for name in (b"1", b"2", b"3"):
+            await write(session, b"a", name, data=BIG[:40_000])
+        then = await Timeline(session).create("then")
+        expected = await tree(session)
+        with pytest.raises(Killed):
+            await restore(session, then, "a", "copy", **options, progress=kill)
+        assert len(await tree(session)) > len(expected)
+        assert await play(session, ("file", (b".hpkvfs-restore-mine",))) == 0
+    async with made.session() as session:
+        await clear(session)
+        left = await tree(session)
+        assert left.pop((b".hpkvfs-restore-mine",)), "a file of the user's is not touched"
+        assert left == expected
+        await clear(session)
+        await restore(session, then, "a", "copy", **options, progress=no_progress)
+        inode = await run(session, lambda: session.fs.lookup(1, b"copy"))
+        assert len(await tree(session, inode.ino)) == len(await tree(session, 2))
+        await session.publish()
+        expected = await tree(session)
+    await made.assert_well(expected)
