@@ -5,6 +5,7 @@ What tor makes of them is in tests/tor."""
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from trio.testing import MockClock
 
 from hpkvfs import tor
 from hpkvfs.address import Address
-from hpkvfs.errors import Unreachable
+from hpkvfs.errors import Misbehaviour, Unreachable
 from hpkvfs.net import circuits
 from hpkvfs.net.circuits import (
     AGES,
@@ -26,7 +27,9 @@ from hpkvfs.net.circuits import (
     Circuits,
     TorSettings,
 )
+from hpkvfs.net.line import Line
 from hpkvfs.net.store import MAX_IN_FLIGHT
+from hpkvfs.protocol.codec import REQUEST_SIZE
 from tests.net.tors import Socks
 
 ONION = Address.parse("2gzyxa5ihm7nsggfxnu52rck2vv4rvmdlkiu3zzui5du4xyclen53wid.onion")
@@ -165,14 +168,26 @@ async def test_who_waits_for_one_that_fails_asks_for_one_himself(
         await use(way, 1)
         await trio.sleep(1)
         await use(way, 1)
-        socks.fails = True
+        socks.failures = 1_000
         await trio.sleep(AGES[1])
         async with trio.open_nursery() as nursery:
             for _ in range(10):
                 nursery.start_soon(one)
         assert len(said) == 10
-        socks.fails = False
+        socks.failures = 0
         await use(way, 3)
+
+
+async def test_a_failed_request_is_repeated_as_it_was_under_a_new_login(
+    autojump_clock: MockClock, socks: Socks
+) -> None:
+    socks.failures = 3
+    way, frame = a_way(warm=False), secrets.token_bytes(REQUEST_SIZE)
+    async with way.running():
+        with pytest.raises(Misbehaviour):  # what comes back is the request: it got there
+            await Line(way, secrets.token_bytes, way.patience).ask(frame)
+    assert len(socks.asked) == len(set(socks.asked)) == 4
+    assert socks.heard == frame
 
 
 async def test_a_tor_that_gets_on_is_waited_for_and_one_that_does_not_is_told_of(

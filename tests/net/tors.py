@@ -72,10 +72,12 @@ class Socks:
 
     takes: float = 0.1
     holds: bool = False
-    fails: bool = False
+    failures: int = 0
+    """So many coming CONNECTs are refused."""
     phase: str = "connected to the Tor network"
     owned_pid: int | None = None
     asked: list[str] = field(default_factory=list)
+    heard: bytearray = field(default_factory=bytearray)
     open: int = 0
     most_open: int = 0
     let_go: trio.Event = field(default_factory=trio.Event)
@@ -110,9 +112,12 @@ class Socks:
                 await trio.sleep(self.takes)
                 if self.holds:
                     await self.let_go.wait()
-                code = b"\4" if self.fails else b"\0"
-                await stream.send_all(b"\5" + code + b"\0\1" + bytes(6))
+                fails, self.failures = self.failures > 0, max(0, self.failures - 1)
+                await stream.send_all((b"\5\4" if fails else b"\5\0") + b"\0\1" + bytes(6))
+                if fails:
+                    return
                 async for part in stream:
+                    self.heard += part
                     await stream.send_all(part)
         except (trio.BrokenResourceError, EOFError):
             pass
