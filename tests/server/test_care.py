@@ -16,10 +16,10 @@ from hpkvd.ledger import LedgerError
 from hpkvd.ledger.rows import SqliteRows, copy
 from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvfs.protocol.messages import Done, Outcome, Spent
+from tests.server.customers import funded, status
 from tests.server.ledgers import fund, insert, opened, transaction
 from tests.server.postgres import PASSWORD, Cluster
 from tests.server.support import ROOT, Purse, ServerProcess, hpkvd, new_blob, new_key
-from tests.server.test_process import funded, status
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

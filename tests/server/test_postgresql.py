@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +16,10 @@ from hpkvd.ledger.postgresql import PostgresqlLedger
 from hpkvd.ledger.urls import create
 from hpkvfs.protocol.messages import Done, Reply, Spent
 from hpkvfs.protocol.voucher import Voucher
+from tests.server.customers import Crowd, funded, status
 from tests.server.ledgers import fund, insert, opened, transaction
 from tests.server.postgres import PASSWORD, Cluster
 from tests.server.support import Purchase, Purse, ServerProcess, hpkvd, new_blob, new_key, until
-from tests.server.test_process import Customer, check_acknowledged, funded, status
 
 
 @pytest.fixture
@@ -111,40 +109,12 @@ def test_what_was_acknowledged_survives_the_primary(
     monkeypatch.setenv("HPKVD_LEDGER", both)
     assert hpkvd("init", data=data).returncode == 0
     with ServerProcess(data, workers=2) as server:
-        customers = [Customer(funded(server, 10_000)) for _ in range(3)]
-        going = True
-
-        def shop(one: Customer) -> None:
-            while going and one.failure is None:
-                one.shop(server, lambda: going)
-
-        threads = [threading.Thread(target=shop, args=(one,), daemon=True) for one in customers]
-        for thread in threads:
-            thread.start()
-        _answered(customers, 15)
-        primary.kill()
-        standby.promote()
-        _answered(customers, 15)
-        going = False
-        for thread in threads:
-            thread.join()
-        for one in customers:
-            assert one.failure is None
-            one.again(server)
-        books = status(server)
-        assert books["tokens"]["issued"] == 30_000
-        assert books["tokens"]["outstanding"] == sum(one.purse.amount for one in customers)
-        assert books["blobs"] == sum(len(one.stored) for one in customers)
-        for one in customers:
-            check_acknowledged(server, one)
-
-
-def _answered(customers: list[Customer], more: int) -> None:
-    enough = sum(len(one.acknowledged) for one in customers) + more
-    end = time.monotonic() + 30
-    while sum(len(one.acknowledged) for one in customers) < enough:
-        assert time.monotonic() < end, [one.failure for one in customers]
-        time.sleep(0.02)
+        with Crowd(server) as crowd:
+            crowd.served(15)
+            primary.kill()
+            standby.promote()
+            crowd.served(15)
+        crowd.check()
 
 
 async def test_a_lost_connection_is_made_again(url: str, cluster: Cluster) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import secrets
 import select
@@ -11,24 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
-from hpkvfs.protocol.errors import Malformed
 from hpkvfs.protocol.group import SigningKey
-from hpkvfs.protocol.messages import Done, Outcome, Reason, Refused, Reply, Spent, decode_reply
-from hpkvfs.protocol.voucher import Voucher
+from hpkvfs.protocol.messages import Done, Reason, Refused, Spent, decode_reply
+from tests.server.customers import Crowd, funded
 from tests.server.support import (
     ROOT,
-    Purchase,
-    Purse,
     ServerProcess,
     hpkvd,
     new_blob,
@@ -50,109 +42,16 @@ def server(data: Path) -> Iterator[ServerProcess]:
         yield server
 
 
-def funded(server: ServerProcess, amount: int) -> Purse:
-    """A purse that redeemed a voucher made while the server runs."""
-    made = hpkvd("voucher", "--amount", str(amount), data=server.data)
-    purse = Purse(server.parameters())
-    purchase = purse.redeem(Voucher.parse(made.stdout))
-    purse.settle(purchase, server.ask(purchase.frame))
-    return purse
-
-
-def status(server: ServerProcess) -> Any:
-    return json.loads(hpkvd("status", "--json", data=server.data).stdout)
-
-
-@dataclass
-class Customer:
-    """Inserts, looks up and deletes until the connection fails; knows what was acknowledged.
-
-    What the server did not answer is kept as `pending`, to be repeated as it was.
-    """
-
-    purse: Purse
-    stored: dict[SigningKey, bytes] = field(default_factory=dict)
-    deleted: list[SigningKey] = field(default_factory=list)
-    acknowledged: list[tuple[bytes, Reply]] = field(default_factory=list)
-    pending: tuple[Purchase, SigningKey, bytes] | None = None
-    failure: BaseException | None = None
-
-    def shop(self, server: ServerProcess, going: Callable[[], bool] = lambda: True) -> None:
-        try:
-            while going():
-                if self.pending is None:
-                    self.step(server)
-                else:
-                    self.again(server)
-        except (OSError, Malformed):
-            pass  # the server died
-        except BaseException as error:
-            self.failure = error
-
-    def again(self, server: ServerProcess) -> None:
-        """Ask once more for what was not answered, as it was."""
-        if self.pending is not None:
-            self.settle(server.ask(self.pending[0].frame))
-
-    def step(self, server: ServerProcess) -> None:
-        if len(self.stored) > 3:
-            key, blob = next(iter(self.stored.items()))
-            purchase = self.purse.delete(key, hashlib.sha256(blob).digest())
-        else:
-            key, blob = new_key(), new_blob()
-            purchase = self.purse.insert(key.public, blob)
-        self.pending = purchase, key, blob
-        self.settle(server.ask(purchase.frame))
-
-    def settle(self, reply: Reply) -> None:
-        assert self.pending is not None
-        purchase, key, blob = self.pending
-        done = self.purse.settle(purchase, reply)
-        if done.fact.outcome is Outcome.INSERTED:
-            self.stored[key] = blob
-        else:
-            del self.stored[key]
-            self.deleted.append(key)
-        self.acknowledged.append((purchase.frame, done))
-        self.pending = None
-
-
 def test_after_kill_9_nothing_acknowledged_is_lost_nor_spent_twice(server: ServerProcess) -> None:
     """Several customers at work, the server killed in the middle, three times."""
-    sold = 10_000
-    customers = [Customer(funded(server, sold)) for _ in range(3)]
-    for _ in range(3):
-        threads = [threading.Thread(target=one.shop, args=(server,)) for one in customers]
-        for thread in threads:
-            thread.start()
-        time.sleep(0.4)
-        server.kill()
-        for thread in threads:
-            thread.join()
-        server.restart()
-        for one in customers:
-            assert one.failure is None
-            one.again(server)
-    books = status(server)
-    assert books["tokens"]["issued"] == sold * len(customers)
-    assert books["tokens"]["outstanding"] == sum(one.purse.amount for one in customers)
-    assert books["blobs"] == sum(len(one.stored) for one in customers)
-    assert sum(len(one.acknowledged) for one in customers) > 10
-    for one in customers:
-        check_acknowledged(server, one)
-    assert status(server)["tokens"]["issued"] == sold * len(customers)
-
-
-def check_acknowledged(server: ServerProcess, one: Customer) -> None:
-    for frame, done in one.acknowledged[-10:]:
-        assert server.ask(frame) == done
-    for key, blob in one.stored.items():
-        purchase = one.purse.look_up(key.public)
-        assert one.purse.settle(purchase, server.ask(purchase.frame)).value == blob
-    for key in one.deleted[-3:]:
-        purchase = one.purse.look_up(key.public)
-        done = one.purse.settle(purchase, server.ask(purchase.frame))
-        assert done.fact.outcome is Outcome.ABSENT
+    with Crowd(server, cheats=4) as crowd:
+        for _ in range(3):
+            crowd.served(8)
+            server.kill()
+            server.restart()
+    crowd.check()
+    assert all(one.caught for one in crowd.customers)
+    crowd.check()
 
 
 def test_a_serial_spent_before_a_crash_is_spent_after_it(server: ServerProcess) -> None:

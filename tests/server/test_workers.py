@@ -21,8 +21,8 @@ import trio
 from hpkvd import supervisor
 from hpkvd.supervisor import Supervisor
 from hpkvfs.protocol.messages import Parameters, ParametersRequest, decode_reply
+from tests.server.customers import Crowd, funded, workers
 from tests.server.support import ROOT, ServerProcess, hpkvd, new_blob, new_key, read_all, until
-from tests.server.test_process import Customer, check_acknowledged, funded, status
 
 
 @pytest.fixture
@@ -37,42 +37,14 @@ def server(data: Path) -> Iterator[ServerProcess]:
         yield server
 
 
-def children(server: ServerProcess) -> set[int]:
-    found: set[int] = set()
-    for listed in Path(f"/proc/{server.process.pid}/task").glob("*/children"):
-        found.update(map(int, listed.read_text().split()))
-    return found
-
-
 def test_a_worker_killed_under_load_loses_nothing_and_is_replaced(server: ServerProcess) -> None:
-    customers = [Customer(funded(server, 10_000)) for _ in range(3)]
-    running = True
-
-    def shop(one: Customer) -> None:
-        """As a client does: what was not answered is sent again as it was."""
-        while running and one.failure is None:
-            one.shop(server, lambda: running)
-
-    threads = [threading.Thread(target=shop, args=(one,), daemon=True) for one in customers]
-    for thread in threads:
-        thread.start()
-    for _ in range(3):
-        before = children(server)
-        os.kill(min(before), signal.SIGKILL)
-        until(lambda before=before: len(children(server) - before) == 1)
-        answered = sum(len(one.acknowledged) for one in customers)
-        until(lambda enough=answered + 5: sum(len(o.acknowledged) for o in customers) >= enough)
-    running = False
-    for thread in threads:
-        thread.join()
-    for one in customers:
-        assert one.failure is None
-        one.again(server)
-    books = status(server)
-    assert books["tokens"]["outstanding"] == sum(one.purse.amount for one in customers)
-    assert books["blobs"] == sum(len(one.stored) for one in customers)
-    for one in customers:
-        check_acknowledged(server, one)
+    with Crowd(server, cheats=4) as crowd:
+        for _ in range(3):
+            before = workers(server)
+            os.kill(min(before), signal.SIGKILL)
+            until(lambda before=before: len(workers(server) - before) == 1)
+            crowd.served(5)
+    crowd.check()
     code, told = server.stop()
     assert code == 0
     assert "a worker ended (killed by SIGKILL); starting another" in told
@@ -80,7 +52,7 @@ def test_a_worker_killed_under_load_loses_nothing_and_is_replaced(server: Server
 
 
 def test_reloading_replaces_the_workers_and_nobody_is_turned_away(server: ServerProcess) -> None:
-    before, served, running = children(server), 0, True
+    before, served, running = workers(server), 0, True
 
     def ask() -> None:
         nonlocal served
@@ -91,7 +63,7 @@ def test_reloading_replaces_the_workers_and_nobody_is_turned_away(server: Server
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     server.process.send_signal(signal.SIGHUP)
-    until(lambda: len(children(server)) == 2 and not children(server) & before)
+    until(lambda: len(workers(server)) == 2 and not workers(server) & before)
     running = False
     thread.join()
     assert served > 10
@@ -103,7 +75,7 @@ def test_logs_can_be_objects(data: Path) -> None:
     settings = data / "hpkvd.toml"
     settings.write_text(settings.read_text().replace('log = "text"', 'log = "json"'))
     with ServerProcess(data, workers=1) as server:
-        os.kill(min(children(server)), signal.SIGKILL)
+        os.kill(min(workers(server)), signal.SIGKILL)
         assert server.process.stderr is not None
         told = json.loads(server.process.stderr.readline())
         assert told == {
@@ -113,7 +85,7 @@ def test_logs_can_be_objects(data: Path) -> None:
 
 
 def test_settings_that_are_wrong_do_not_get_in_by_reloading(server: ServerProcess) -> None:
-    before = children(server)
+    before = workers(server)
     (server.data / "hpkvd.toml").write_text("lisen = 3")
     server.process.send_signal(signal.SIGHUP)
     assert server.process.stderr is not None
@@ -121,7 +93,7 @@ def test_settings_that_are_wrong_do_not_get_in_by_reloading(server: ServerProces
     assert "no setting `lisen`" in lines[0]
     assert "the old ones go on" in lines[1]
     server.parameters()
-    until(lambda: children(server) == before)
+    until(lambda: workers(server) == before)
 
 
 def test_stopping_answers_what_was_asked_of_every_worker(server: ServerProcess) -> None:
@@ -142,9 +114,9 @@ def test_stopping_answers_what_was_asked_of_every_worker(server: ServerProcess) 
 
 
 def test_workers_do_not_outlive_their_parent(server: ServerProcess) -> None:
-    workers = children(server)
+    before = workers(server)
     server.kill()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before))
 
 
 STUB = """
@@ -209,7 +181,7 @@ def test_the_counts_are_of_all_workers_and_coarse(data: Path) -> None:
         bounds = re.findall(r'answer_seconds_bucket\{le="([^"]+)"\} (\d+)', page)
         assert [float(bound) for bound, _ in bounds] == sorted(float(bound) for bound, _ in bounds)
         assert key.public.hex() not in page
-        victim = min(children(server))
+        victim = min(workers(server))
         os.kill(victim, signal.SIGKILL)
         until(lambda: "hpkvd_workers_died_total 1\n" in scrape(port))
         assert 'operation="parameters"} 100\n' in scrape(port)

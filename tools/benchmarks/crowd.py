@@ -157,14 +157,17 @@ def serving(
         desk.add_vouchers([load.voucher])
     os.environ["HPKVD_LEDGER"] = url
     try:
-        with ServerProcess(data, workers=workers) as server:
+        server = ServerProcess(data, workers=workers)
+    finally:
+        del os.environ["HPKVD_LEDGER"]
+    try:
+        with server:
             if not isinstance(server.ask(load.redeem), Done):
                 raise RuntimeError("the voucher was refused")
             for pid, core in zip(children(server.process.pid), cores, strict=False):
                 pin(pid, {core})
             yield server
     finally:
-        del os.environ["HPKVD_LEDGER"]
         shutil.rmtree(data)
 
 
