@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,11 @@ def rotate(data: Path, as_json: bool) -> None:
     """
     config = settings.load(data)
     directory = data / settings.EPOCHS
-    oldest = _oldest(data, config, epoch_files.newest_number(directory) + 1)
-    begun = epoch_files.rotate(directory, config.tariff, secrets.token_bytes, oldest)
+    with closing(open_ledger(data, config)) as ledger:
+        newest = epoch_files.newest_number(directory) + 1
+        oldest = epoch_files.oldest_kept(newest, config.epochs.keep, ledger.oldest_epoch)
+        rng, claim = secrets.token_bytes, ledger.claim_epoch
+        begun = epoch_files.rotate(directory, config.tariff, rng, oldest, claim)
     assert begun is not None
     if as_json:
         digest = begun.parameters.digest.hex()

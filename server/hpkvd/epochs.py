@@ -7,6 +7,9 @@ Each epoch's parameters name the hash of the preceding one's, so that clients ca
 server that shows different ones to different people. Parameters are written once and kept for
 ever, also those of ended epochs. The secret signs money: who reads it can mint tokens, though not
 find out who spent which. It is removed when its epoch has ended.
+
+Several servers on one ledger have the same epochs: each begins one only if the ledger gives it
+the number (`rotate`), and serves only while it has the newest (`check`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from hpkvd import files
+from hpkvd.ledger import NewestEpoch
 from hpkvfs.protocol.credential import Issuer
 from hpkvfs.protocol.epoch import NO_EPOCH, EpochParameters
 from hpkvfs.protocol.errors import ProtocolError
@@ -28,6 +32,7 @@ from hpkvfs.protocol.tariff import Tariff
 FIRST: Final = 1
 
 Rng: TypeAlias = Callable[[int], bytes]
+Claim: TypeAlias = Callable[[NewestEpoch], NewestEpoch]
 
 
 class EpochError(Exception):
@@ -111,37 +116,105 @@ def next_epoch(before: EpochParameters, tariff: Tariff, rng: Rng) -> Epoch:
 
 
 def save(directory: Path, epoch: Epoch) -> None:
-    """Write an epoch, durably; OSError, also if it is there already.
+    """Write an epoch, durably; OSError, also if it is there already."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    _prepare(directory, epoch)
+    files.publish(_parameters_path(directory, epoch.number))
+
+
+def _prepare(directory: Path, epoch: Epoch) -> None:
+    """Everything but its being there.
 
     The parameters come last, and in one step: from then on the epoch is there, and its parameters
     are never written again. A secret without parameters was never used.
     """
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if _parameters_path(directory, epoch.number).exists():
+    path = _parameters_path(directory, epoch.number)
+    if path.exists():
         raise FileExistsError(f"epoch {epoch.number} exists already")
     _secret_path(directory, epoch.number).unlink(missing_ok=True)
     files.write_new(_secret_path(directory, epoch.number), epoch.issuer.to_bytes())
-    files.publish(_parameters_path(directory, epoch.number), epoch.parameters.encode())
+    files.prepare(path, epoch.parameters.encode())
+
+
+def _prepared(directory: Path, number: int) -> Epoch | None:
+    """An epoch of which everything was written but its being there."""
+    try:
+        content = files.prepared(_parameters_path(directory, number)).read_bytes()
+        return _with_secret(directory, EpochParameters.decode(content))
+    except (OSError, ProtocolError, EpochError):
+        return None
 
 
 def rotate(
-    directory: Path, tariff: Tariff, rng: Rng, oldest: int, after: int | None = None
+    directory: Path,
+    tariff: Tariff,
+    rng: Rng,
+    oldest: int,
+    claim: Claim,
+    after: int | None = None,
 ) -> Epoch | None:
     """Begin the next epoch, durably; a running server takes it up. EpochError, OSError.
 
-    `oldest`: number of the oldest epoch that can still be presented then. None if `after` is given
-    and not the newest epoch: somebody else was quicker.
+    `oldest`: number of the oldest epoch that can still be presented then. `claim`: see `check`.
+    None if `after` is given and not the newest epoch: somebody else was quicker.
+
+    It is claimed after it is on the disk and before it is there, so that who died between the two
+    goes on with the very epoch that was claimed.
     """
     with files.locked(directory):
         chain = published(directory)
+        number = chain[-1].number + 1
         if after is not None and chain[-1].number != after:
             return None
-        for one in chain:
-            if one.number >= oldest:
-                _check_refund(tariff, one)
-        epoch = next_epoch(chain[-1], tariff, rng)
-        save(directory, epoch)
+        check(directory, chain[-1], claim, interrupted=True)
+        epoch = _prepared(directory, number)
+        if epoch is None or not _is_ours(epoch.parameters, claim(_newest(chain[-1]))):
+            for one in chain:
+                if one.number >= oldest:
+                    _check_refund(tariff, one)
+            epoch = next_epoch(chain[-1], tariff, rng)
+            _prepare(directory, epoch)
+        if not _is_ours(epoch.parameters, claim(_newest(epoch.parameters))):
+            raise _begun_elsewhere(directory, number)
+        files.publish(_parameters_path(directory, number))
     return epoch
+
+
+def check(
+    directory: Path, newest: EpochParameters, claim: Claim, *, interrupted: bool = False
+) -> None:
+    """EpochError unless the newest epoch here is the newest of all servers on the ledger.
+
+    `claim` is the ledger's `claim_epoch`. `interrupted`: or one that was claimed here, and is not
+    there because whoever began it died.
+    """
+    there = claim(_newest(newest))
+    if _is_ours(newest, there):
+        return
+    if there.number == newest.number + 1:
+        left = _prepared(directory, there.number)
+        if left is not None and _is_ours(left.parameters, there):
+            if interrupted:
+                return
+            raise EpochError(
+                f"beginning epoch {there.number} was cut short; run `hpkvd epoch rotate` to its end"
+            )
+    raise _begun_elsewhere(directory, there.number)
+
+
+def _begun_elsewhere(directory: Path, number: int) -> EpochError:
+    return EpochError(
+        f"another server on this ledger began epoch {number}, which is not in {directory}; copy"
+        " that directory from the server that has it"
+    )
+
+
+def _newest(parameters: EpochParameters) -> NewestEpoch:
+    return NewestEpoch.of(parameters.number, parameters.digest)
+
+
+def _is_ours(parameters: EpochParameters, there: NewestEpoch) -> bool:
+    return _newest(parameters) == there
 
 
 def _check_refund(tariff: Tariff, other: EpochParameters) -> None:

@@ -18,14 +18,24 @@ def write_new(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def publish(path: Path, content: bytes) -> None:
-    """A new file that is there whole and durable, or not at all; FileExistsError."""
-    temporary = path.with_name(f"{path.name}.new")
+def prepare(path: Path, content: bytes) -> None:
+    """What `publish` will make the file of this name, durably; instead of what was prepared."""
+    temporary = prepared(path)
     temporary.unlink(missing_ok=True)
     write_new(temporary, content)
-    os.link(temporary, path)  # unlike a rename it never replaces
-    temporary.unlink()
     sync(path.parent)
+
+
+def publish(path: Path) -> None:
+    """A new file that is there whole and durable, or not at all; FileExistsError."""
+    os.link(prepared(path), path)  # unlike a rename it never replaces
+    prepared(path).unlink()
+    sync(path.parent)
+
+
+def prepared(path: Path) -> Path:
+    """Where it waits for that."""
+    return path.with_name(f"{path.name}.new")
 
 
 @contextmanager

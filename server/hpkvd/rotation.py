@@ -5,6 +5,9 @@ then what is kept of it goes, the secret key first. So whoever is told that an e
 rely on it that no request of it is performed any more, in no process: a look at a storage key then
 tells for good whether an insertion in it was. A crash in between leaves what the next start
 finishes: the ledger's `oldest_epoch` only grows, so an epoch that ended never comes back.
+
+Of several servers on one ledger one begins an epoch, whichever comes first; the others say that
+they miss it until its files are copied to them.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -19,14 +23,15 @@ import trio
 
 from hpkvd import config as settings
 from hpkvd import epochs as epoch_files
-from hpkvd import log
+from hpkvd import files, log
 from hpkvd.config import Config, ConfigError
 from hpkvd.epochs import EpochError, Epochs
 from hpkvd.handler import Handler
-from hpkvd.ledger import Ledger, LedgerError
+from hpkvd.ledger import Engine, LedgerError
 from hpkvfs.protocol.identity import Identity
 
 POLL_SECONDS: Final = 1.0
+TURNS_A_CHECK: Final = 60
 SECONDS_PER_DAY: Final = 86_400
 
 
@@ -37,7 +42,7 @@ class Rotation:
         self,
         data: Path,
         identity: Identity,
-        ledger: Ledger,
+        ledger: Engine,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._directory = data / settings.EPOCHS
@@ -52,7 +57,14 @@ class Rotation:
         """The epochs that can be presented; EpochError."""
         self._keep = config.epochs.keep
         oldest = self._ledger.oldest_epoch
-        return epoch_files.load(self._directory, self._identity, self._keep, oldest)
+        with files.locked(self._directory):  # not while another process begins one
+            epochs = epoch_files.load(self._directory, self._identity, self._keep, oldest)
+            self._check(epochs)
+        return epochs
+
+    def _check(self, epochs: Epochs) -> None:
+        newest = epochs.newest.parameters
+        epoch_files.check(self._directory, newest, self._ledger.claim_epoch)
 
     async def run(
         self,
@@ -68,10 +80,12 @@ class Rotation:
         await self._retire_before(epochs)
         epoch_files.forget(self._directory, epochs.oldest.number)
         task_status.started()
-        while True:
+        for turn in count(1):
             await trio.sleep(POLL_SECONDS)
             try:
                 epochs = await self._turn(handler, epochs)
+                if turn % TURNS_A_CHECK == 0:
+                    self._check(epochs)
             except (ConfigError, EpochError, LedgerError) as error:
                 self._complaints.complain(f"epochs stay as they are: {error}")
             except OSError as error:
@@ -82,8 +96,8 @@ class Rotation:
         if self._is_due(config, epochs):
             newest = epochs.newest.number
             oldest = epoch_files.oldest_kept(newest + 1, self._keep, self._ledger.oldest_epoch)
-            rng = secrets.token_bytes
-            epoch_files.rotate(self._directory, config.tariff, rng, oldest, after=newest)
+            rng, claim = secrets.token_bytes, self._ledger.claim_epoch
+            epoch_files.rotate(self._directory, config.tariff, rng, oldest, claim, after=newest)
         number = epoch_files.newest_number(self._directory)
         if number == epochs.newest.number and config.epochs.keep == self._keep:
             return epochs

@@ -6,12 +6,16 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 from click.testing import CliRunner, Result
 
 from hpkvd import config, epochs, identity
@@ -19,7 +23,9 @@ from hpkvd.cli import main
 from hpkvd.config import Config
 from hpkvd.epochs import EpochError, Epochs, Schedule
 from hpkvd.handler import Handler
+from hpkvd.ledger import NewestEpoch
 from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.ledger.urls import open_ledger
 from hpkvd.rotation import SECONDS_PER_DAY, Rotation
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.messages import (
@@ -34,6 +40,7 @@ from hpkvfs.protocol.messages import (
 )
 from hpkvfs.protocol.tariff import Tariff
 from hpkvfs.protocol.voucher import Voucher
+from tests.server.postgres import Cluster
 from tests.server.support import (
     LocalServer,
     Purchase,
@@ -145,6 +152,86 @@ def test_schedules_that_make_no_sense(data: Path, text: str) -> None:
     assert run("serve", "--data", str(data)).exit_code == os.EX_CONFIG
 
 
+# -- several servers on one ledger ---------------------------------------------------------------
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """Data directories of two servers that have the same keys, and one ledger of either engine."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    url = f"sqlite://{tmp_path}/shared.sqlite"
+    if request.param == "postgresql":
+        cluster: Cluster = request.getfixturevalue("cluster")
+        url = cluster.new_url()
+    made = CliRunner().invoke(main, ["init", "--data", str(one)], env={"HPKVD_LEDGER": url})
+    assert made.exit_code == 0, made.output
+    (one / config.FILE).write_text(Config(ledger=url).render())
+    shutil.copytree(one, other)
+    return one, other
+
+
+def copy_epochs(source: Path, target: Path) -> None:
+    shutil.copytree(source / config.EPOCHS, target / config.EPOCHS, dirs_exist_ok=True)
+
+
+def looked_over(data: Path) -> Result:
+    """What `serve` says before it listens; it does not get further."""
+    return run("serve", "--data", str(data), "--listen", "nonsense")
+
+
+def test_of_several_servers_one_begins_an_epoch_and_the_others_must_have_it(
+    pair: tuple[Path, Path],
+) -> None:
+    one, other = pair
+    assert "nonsense" in looked_over(other).output
+    assert run("epoch", "rotate", "--data", str(one)).exit_code == 0
+    for refused in (run("epoch", "rotate", "--data", str(other)), looked_over(other)):
+        assert refused.exit_code == os.EX_CONFIG
+        assert refused.output.count("\n") == 1
+        assert "another server on this ledger began epoch 2" in refused.output
+        assert "copy" in refused.output
+    assert len(listed(other)) == 1
+    copy_epochs(one, other)
+    assert "nonsense" in looked_over(other).output
+    assert run("epoch", "rotate", "--data", str(other)).exit_code == 0
+    assert run("epoch", "rotate", "--data", str(one)).exit_code == os.EX_CONFIG
+    copy_epochs(other, one)
+    assert listed(one) == listed(other)
+    assert [row["number"] for row in listed(one)] == [1, 2, 3]
+
+
+def test_of_servers_that_rotate_at_one_moment_one_does(pair: tuple[Path, Path]) -> None:
+    def rotate(data: Path) -> str:
+        with closing(open_ledger(config.load(data).ledger)) as ledger:
+            directory, rng = data / config.EPOCHS, secrets.token_bytes
+            try:
+                epochs.rotate(directory, Tariff(), rng, 1, ledger.claim_epoch)
+            except EpochError as error:
+                return str(error)
+        return "begun"
+
+    with ThreadPoolExecutor(2) as pool:
+        begun, refused = sorted(pool.map(rotate, pair), reverse=True)
+    assert begun == "begun"
+    assert "another server on this ledger began epoch 2" in refused
+    assert sorted(len(listed(data)) for data in pair) == [1, 2]
+
+
+def test_a_rotation_cut_short_after_its_claim_goes_on_with_the_same_epoch(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = pair
+    with monkeypatch.context() as cut:
+        cut.setattr("hpkvd.files.publish", lambda _: (_ for _ in ()).throw(OSError(5, "cut")))
+        assert run("epoch", "rotate", "--data", str(one)).exit_code == os.EX_IOERR
+    claimed = (one / config.EPOCHS / "00000002.parameters.new").read_bytes()
+    assert "cut short; run `hpkvd epoch rotate`" in looked_over(one).output
+    assert run("epoch", "rotate", "--data", str(other)).exit_code == os.EX_CONFIG
+    assert run("epoch", "rotate", "--data", str(one)).exit_code == 0
+    assert (one / config.EPOCHS / "00000002.parameters").read_bytes() == claimed
+    assert "nonsense" in looked_over(one).output
+
+
 # -- while serving -------------------------------------------------------------------------------
 
 
@@ -187,6 +274,23 @@ async def test_a_serving_server_takes_up_what_a_command_began(data: Path, servin
     assert (await serving.turn()).newest.tariff == Tariff(3)
     told = serving.epochs.tell(None)
     assert told is not None and told.is_genuine and len(told.digests) == 2
+
+
+async def test_a_serving_server_says_that_it_misses_another_ones_epoch(
+    data: Path, serving: Serving, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpkvd.rotation.POLL_SECONDS", 0.0)
+    settle(data, epochs=Schedule(days=1))
+    serving.clock.ahead = 2 * SECONDS_PER_DAY
+    serving.ledger.claim_epoch(NewestEpoch(2, 4711))
+    with trio.move_on_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serving.rotation.run, serving.handler, serving.epochs)
+            while "another server on this ledger began epoch 2" not in caplog.text:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert "epochs stay as they are" in caplog.text
+    assert len(listed(data)) == 1
 
 
 async def test_the_schedule_is_read_while_serving(data: Path, serving: Serving) -> None:

@@ -199,7 +199,8 @@ async def test_no_record_joins_a_key_to_a_serial(funded: SqliteLedger) -> None:
 
 async def test_a_ledger_without_room_for_entries_is_given_it(path: Path) -> None:
     connection = sqlite3.connect(path)
-    later = "".join(f"DROP TABLE {n};" for n in ("entry", "ended", "sale", "taking", "sold"))
+    tables = ("entry", "ended", "sale", "taking", "sold", "newest")
+    later = "".join(f"DROP TABLE {n};" for n in tables)
     connection.executescript(f"{later} PRAGMA user_version = 1;")
     connection.close()
     async with opened(f"sqlite://{path}") as ledger:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from hpkvfs.protocol.messages import Done, Method, Reason, Refused, StoredFact
 from hpkvfs.protocol.tariff import Operation
@@ -203,6 +203,18 @@ class Paid:
 Verdict: TypeAlias = Done | Refused | Known
 
 
+class NewestEpoch(NamedTuple):
+    """Number of an epoch, and 63 bits of its parameters' digest; (0, 0) is before the first."""
+
+    number: int
+    mark: int
+
+    @classmethod
+    def of(cls, number: int, digest: bytes) -> NewestEpoch:
+        """Of the epoch whose parameters have this digest."""
+        return cls(number, int.from_bytes(digest[:8], "big") >> 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Totals:
     """The books and counts, in tokens, bytes and pieces; for operators."""
@@ -306,6 +318,13 @@ class Desk(Protocol):
 
     def mark_taken(self, takings: Sequence[Taking]) -> None:
         """These were taken out; durable on return."""
+        ...
+
+    def claim_epoch(self, epoch: NewestEpoch) -> NewestEpoch:
+        """Make this the newest epoch of all servers on this ledger, unless that is as new; durably.
+
+        What it is after that. Also while this very object serves.
+        """
         ...
 
 

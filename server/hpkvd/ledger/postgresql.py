@@ -48,6 +48,7 @@ from hpkvd.ledger import (
     LedgerBusy,
     LedgerError,
     LedgerFull,
+    NewestEpoch,
     Opening,
     Paid,
     Read,
@@ -60,6 +61,7 @@ from hpkvd.ledger import (
     Totals,
     Transaction,
     Verdict,
+    newest,
     rules,
     sweep,
     till,
@@ -72,7 +74,7 @@ from hpkvfs.protocol.messages import Done, Fact, Outcome, Reason, Refused, Store
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 SWEEP_ROWS: Final = 500
 FAILOVER_SECONDS: Final = 20.0
 CONNECT_SECONDS: Final = 3
@@ -571,7 +573,8 @@ class PostgresqlLedger:
         with translated(), connect(url, autocommit=False) as connection:
             if _version(connection) is not None:
                 raise LedgerError("the database has a ledger already")
-            connection.execute((SCHEMA + sweep.SCHEMA + till.schema("BYTEA")).encode())
+            later = sweep.SCHEMA + till.schema("BYTEA") + newest.SCHEMA
+            connection.execute((SCHEMA + later).encode())
             connection.execute(
                 "INSERT INTO hpkvd (id, version, state) VALUES (0, %s, 'ready')", (SCHEMA_VERSION,)
             )
@@ -614,6 +617,14 @@ class PostgresqlLedger:
         with translated(), connect(self._url, autocommit=False) as connection:
             till.mark_taken(connection, takings, "%b")
             connection.commit()
+
+    def claim_epoch(self, epoch: NewestEpoch) -> NewestEpoch:
+        """See Desk."""
+        session = _Session(self._url, autocommit=True)
+        try:
+            return session.run(lambda connection: newest.claim(connection, epoch, "%b"))
+        finally:
+            session.close()
 
     # -- Ledger -------------------------------------------------------------------------------
 
@@ -820,7 +831,8 @@ def check_version(connection: Connection) -> None:
         )
     row = connection.execute("SELECT state FROM hpkvd").fetchone()
     if version < SCHEMA_VERSION:
-        added = "".join((sweep.SCHEMA, till.schema("BYTEA"))[max(0, version - 3) :])
+        later = (sweep.SCHEMA, till.schema("BYTEA"), newest.SCHEMA)
+        added = "".join(later[max(0, version - 3) :])
         noted = f"UPDATE hpkvd SET version = {SCHEMA_VERSION};"
         connection.execute(f"BEGIN; {added} {noted} COMMIT;".encode())
     if row == ("filling",):

@@ -47,6 +47,7 @@ TABLES: Final = (
 SINGLE: Final = (
     Table("ended", ("id", "oldest", "swept")),
     Table("sold", ("id", "cashu_tokens", "cashu_sats", "lightning_tokens", "lightning_sats")),
+    Table("newest", ("id", "number", "mark")),
     Table(
         "books",
         (

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import astuple
 from pathlib import Path
 from typing import Final
@@ -34,6 +34,7 @@ from hpkvd.ledger import (
     LedgerBusy,
     LedgerError,
     LedgerFull,
+    NewestEpoch,
     Opening,
     Paid,
     Sale,
@@ -44,6 +45,7 @@ from hpkvd.ledger import (
     Totals,
     Transaction,
     Verdict,
+    newest,
     rules,
     till,
 )
@@ -57,7 +59,7 @@ from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 
 APPLICATION: Final = int.from_bytes(b"hpkv", "big")
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 LOCK_SECONDS: Final = 5.0
 RESERVE: Final = 64 * 2**20
 VACUUM_PAGES: Final = 1024
@@ -250,6 +252,7 @@ class SqliteLedger:
         """Open a ledger that exists; LedgerError when it does not, or is not one of ours."""
         if not path.is_file():
             raise LedgerError(f"there is no ledger at {path}; run `hpkvd init` first")
+        self._path = path
         self._directory = path.parent
         self._reserve = reserve
         self._max_blobs = max_blobs
@@ -278,7 +281,7 @@ class SqliteLedger:
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
                 f"BEGIN; PRAGMA application_id = {APPLICATION};"
                 f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} {ENTRIES}"
-                f"{ended.SCHEMA} {till.schema('BLOB')} COMMIT;"
+                f"{ended.SCHEMA} {till.schema('BLOB')} {newest.SCHEMA} COMMIT;"
             )
             connection.close()
 
@@ -322,6 +325,11 @@ class SqliteLedger:
         """These were taken out; durable on return."""
         with self._one_transaction():
             till.mark_taken(self._write, takings)
+
+    def claim_epoch(self, epoch: NewestEpoch) -> NewestEpoch:
+        """See Desk. On a connection of its own: the other may be in the middle of a COMMIT."""
+        with _translated(), closing(_connect(self._path)) as connection:
+            return newest.claim(connection, epoch)
 
     # -- Ledger: reading ----------------------------------------------------------------------
 
@@ -502,7 +510,8 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
 def _upgrade(connection: sqlite3.Connection) -> None:
     """Give a ledger of an older schema the tables that came later."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    added = "".join((ENTRIES, ended.SCHEMA, till.schema("BLOB"))[version - 1 :])
+    later = (ENTRIES, ended.SCHEMA, till.schema("BLOB"), newest.SCHEMA)
+    added = "".join(later[version - 1 :])
     if added:
         connection.executescript(
             f"BEGIN IMMEDIATE; {added} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
