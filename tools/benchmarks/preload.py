@@ -149,11 +149,11 @@ def fill_postgresql(url: str, scale: float = 1.0) -> None:
     serials, blobs = round(SERIALS * scale), round(BLOBS * scale)
 
     def key(count: int) -> str:
-        number = f"(i * {2**56 // count})::bigint"
+        number = f"(i * {2**56 // count})"
         return f"decode(lpad(to_hex({number}), 14, '0'), 'hex') || substr(sha256(int8send(i)), 8)"
 
     def series(count: int) -> str:
-        return f"FROM generate_series(0, {count - 1}) AS i"
+        return f"FROM generate_series(0::bigint, {count - 1}) AS i"
 
     def octets(size: int) -> str:
         """As many as this, and none the same; hashes of hashes, which do not compress."""
