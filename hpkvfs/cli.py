@@ -8,6 +8,7 @@ terminal; a voucher may also be an argument, for those who have no one to hide i
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from contextlib import suppress
@@ -449,7 +450,7 @@ def mount_(
     rules = keep.parse(policy) if policy else ()
     settings.password_fd = password_fd
     if ready_fd is None:
-        _check_free(settings)
+        _check_free(settings, snapshot)
     if not foreground:
         flags = ["--publish-interval", str(publish_interval), "--durability", durability,
                  "--cache-size", str(cache_size), "--memory", str(memory),
@@ -474,8 +475,8 @@ def mount_(
         publish_at=log_limit << 19,
         patience=patience,
         spread=spread,
-        read_only=read_only,
-        follow_interval=follow_interval,
+        read_only=read_only or snapshot is not None,
+        follow_interval=follow_interval if snapshot is None else math.inf,
         takeover=takeover,
         kept=kept,
         snapshots_shown=not no_snapshots_dir,
@@ -490,15 +491,17 @@ def mount_(
     _mount_here(settings, directory, options, how, ready_fd)
 
 
-def _check_free(settings: Settings) -> None:
-    """AlreadyInUse when it is mounted; says where."""
+def _check_free(settings: Settings, snapshot: str | None) -> None:
+    """AlreadyInUse when it is mounted; says where, and where the snapshot that is wanted is."""
     connection = control.reach(settings.socket)
     if connection is not None:
         with connection:
             where = control.ask(connection, "status", {})["mounted"]
         raise AlreadyInUse(
             f"the vault in {settings.path} is mounted on {where} already",
-            f"unmount it there first; its snapshots are in {where}/.snapshots",
+            f"{where}/.snapshots/{snapshot} is what you want"
+            if snapshot is not None
+            else f"unmount it there first; its snapshots are in {where}/.snapshots",
         )
 
 

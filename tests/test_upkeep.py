@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 import trio
 
-from hpkvfs import keep
+from hpkvfs import keep, upkeep
 from hpkvfs.commands import Commands
 from hpkvfs.control import no_progress
 from hpkvfs.errors import Unreachable
@@ -146,4 +147,26 @@ async def test_what_a_killed_restore_left_is_taken_away(made: Vault) -> None:
         assert len(await tree(session, inode.ino)) == len(await tree(session, 2))
         await session.publish()
         expected = await tree(session)
+    await made.assert_well(expected)
+
+
+async def test_a_mounted_vault_collects_and_tidies_up_by_itself(
+    made: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "LEAST_DEAD", 8)
+    async with made.session() as session:
+        await with_dead_blobs(session)
+        await session.keep_note("restoring", msgpack.packb([1, b".hpkvfs-restore-left"]))
+        assert await play(session, ("dir", (b".hpkvfs-restore-left",))) == 0
+        assert await play(session, ("file", (b".hpkvfs-restore-left", b"x"))) == 0
+        dead = session.collectable()[0]
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(upkeep.look_after, session, (), 0.1, trio.Lock())
+                while session.collectable()[0] > dead // 4:
+                    await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+        await session.publish()
+        expected = await tree(session)
+        assert not any(path[0].startswith(b".hpkvfs") for path in expected if path)
     await made.assert_well(expected)

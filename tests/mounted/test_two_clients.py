@@ -104,6 +104,16 @@ def test_a_voucher_given_with_a_mistyped_passphrase_is_not_lost(
 def test_a_read_only_mount_follows_what_another_client_writes(
     own_server: Server, own_vault: Client, other: Client
 ) -> None:
+    own_vault.run("snapshot", "create", "s")
+    other.mount("--snapshot", "s")
+    (own_vault.directory / "later").write_text("later")
+    own_vault.run("sync")
+    assert not (other.directory / "later").exists()
+    assert (other.directory / "file").read_text() == "first"
+    other.umount()
+    refused = own_vault.run("mount", "--snapshot", "s", other.directory, code=3)
+    assert f"{own_vault.directory}/.snapshots/s" in refused.stderr
+
     other.mount("--read-only", "--follow-interval", "0.2")
     seen = other.directory / "file"
     with seen.open() as held:
