@@ -47,6 +47,7 @@ from hpkvfs.errors import (
 from hpkvfs.fs.backend import Backend
 from hpkvfs.fs.shelf import SNAPSHOTS_NAME
 from hpkvfs.keep import Policy
+from hpkvfs.net.proving import helpers_here
 from hpkvfs.net.transport import Way
 from hpkvfs.session import Options, Session, TakeOver, open_session
 from hpkvfs.state import StateDirectory
@@ -302,7 +303,8 @@ async def mount(vault: Vault, request: Mount) -> None:
 
     directory = mount_point(request.directory)
     options = fuse.mount_options(read_only=request.read_only, allow_other=request.allow_other)
-    async with opened(vault, request.options) as session:
+    helped = replace(request.options, helpers=helpers_here())
+    async with opened(vault, helped) as session:
         session.reserve_room()
         session.followed = lambda: fuse.forget_caches(session.fs)
         writeback = Writeback(fuse.forget_alias)

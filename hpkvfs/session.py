@@ -38,6 +38,7 @@ from hpkvfs.fs.flush import GroupFlush
 from hpkvfs.fs.publisher import Publisher
 from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.fs.shelf import Shelf
+from hpkvfs.net.proving import Helpers, Here, Prover
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import PATIENCE_SECONDS, Dialer
 from hpkvfs.parallel import Scatter, each
@@ -93,6 +94,8 @@ class Options:
     read_only: publish nothing, look every follow_interval seconds for what another client did;
     takeover: go on from what another client wrote; kept: the number of a copy of changes that
     did not fit it, to be read only.
+
+    helpers: processes for proofs; without any they are made on the thread that does all else.
     """
 
     publish_interval: float = 10.0
@@ -108,6 +111,7 @@ class Options:
     follow_interval: float = 60.0
     takeover: bool = False
     kept: int | None = None
+    helpers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -820,8 +824,12 @@ async def open_session(
         closing(Journal(state.wallet, keys.secret("wallet"), rng)) as journal,
         closing(_cache(state, keys, options, rng)) as cache,
         closing(RedoLog(log_directory, keys.secret("redo"), rng)) as redo,
+        closing(Helpers(Here(rng), options.helpers)) as helpers,
     ):
-        session = _build(state, keys, dialer, options, journal, cache, redo, clock, rng, identity)
+        prover = helpers if options.helpers else None
+        session = _build(
+            state, keys, dialer, options, journal, cache, redo, clock, rng, identity, prover
+        )
         if session.volume.known is not None or state.is_new:
             with _disk_trouble():
                 session.load_local(uid, gid)
@@ -874,9 +882,10 @@ def _build(
     clock: Clock,
     rng: Rng,
     identity: bytes | None,
+    prover: Prover | None,
 ) -> Session:
     patience = options.patience or PATIENCE_SECONDS
-    store = RemoteStore(journal, dialer, rng, identity=identity, patience=patience)
+    store = RemoteStore(journal, dialer, rng, identity=identity, patience=patience, prover=prover)
     sealer, caches = Sealer(keys, rng), options.memory * 3 // 8
     known = kept.known(journal, options.kept)
     volume = Volume(keys, sealer, store, cache, known, memory=caches)

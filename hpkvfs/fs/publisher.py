@@ -211,7 +211,7 @@ class Publisher:
         while attempt.step is not None:
             if isinstance(attempt.step, Load):
                 await self._volume.load(attempt.step.missing)
-            else:
+            elif isinstance(attempt.step, Insert):
                 await self._store(attempt, attempt.step, progress)
             attempt.advance()
             await trio.lowlevel.checkpoint()

@@ -21,6 +21,7 @@ import trio
 from hpkvfs.errors import Misbehaviour, SpentElsewhere, StoreError, Unreachable, UserError
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
+from hpkvfs.net.proving import Prover
 from hpkvfs.net.refusals import out_of_place, refusal
 from hpkvfs.net.teller import Order, Teller
 from hpkvfs.net.transport import Dialer
@@ -83,8 +84,10 @@ class RemoteStore:
         max_in_flight: int = MAX_IN_FLIGHT,
         patience: float = PATIENCE_SECONDS,
         pace: Pace = Pace(),
+        prover: Prover | None = None,
     ) -> None:
-        """`identity`: the key (32 bytes) in the server's onion address, if it has one.
+        """`identity`: the key (32 bytes) in the server's onion address, if it has one; `prover`:
+        who makes the proofs, the caller's thread if None.
 
         The journal stays the caller's to close, after the last call. VaultError if damaged.
         """
@@ -92,7 +95,7 @@ class RemoteStore:
         epochs = Epochs(journal, line, identity)
         self._journal = journal
         self._line = line
-        self._teller = Teller(journal, line, epochs, rng, pool_size=2 * max_in_flight)
+        self._teller = Teller(journal, line, epochs, rng, 2 * max_in_flight, prover)
         self._pool_size = 2 * max_in_flight
         self._pace = pace
         self._rng = rng

@@ -14,15 +14,16 @@ Invariants:
     pending until something else has told what became of it (`_find_out`);
   - everything runs on one trio thread, and the wallet changes only between two awaits.
 
-Proofs run inline on that thread: libsecp256k1 releases the interpreter lock but the Python
-between its calls does not, so a second thread would mostly wait. `_prove` is the one place
-where a process could take over.
+Proofs of ordinary requests and checks of replies are a Prover's (net/proving.py), which may have
+other processes do them: meanwhile the inputs are set aside, and count as held. What is rare, and
+what must let nobody in between, is proved at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from hpkvfs.errors import (
 )
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
+from hpkvfs.net.proving import Here, Prover
 from hpkvfs.net.refusals import (
     EpochEnded,
     NoRoom,
@@ -50,7 +52,7 @@ from hpkvfs.net.refusals import (
 )
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol import codec
-from hpkvfs.protocol.credential import Credential, Draft, prepare
+from hpkvfs.protocol.credential import Credential, Draft, IssuerParameters, Statement
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.errors import ProtocolError
 from hpkvfs.protocol.messages import (
@@ -98,6 +100,41 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
+class _Task:
+    """A request to be proved."""
+
+    request: CredentialedRequest
+    statement: Statement
+    epoch: EpochParameters
+    presented: tuple[Credential, ...]
+    amounts: tuple[int, int]
+    into: EpochParameters | None
+
+    @property
+    def arguments(
+        self,
+    ) -> tuple[
+        IssuerParameters,
+        Statement,
+        tuple[Credential, ...],
+        tuple[int, int],
+        IssuerParameters | None,
+    ]:
+        """What Prover.prepare takes."""
+        into = self.into.issuer if self.into else None
+        return self.epoch.issuer, self.statement, self.presented, self.amounts, into
+
+    def attempt(self, draft: Draft, complete: Complete = _complete) -> tuple[bytes, Attempt]:
+        """The body, with its proof, and what it takes to use the answer."""
+        body = complete(self.request, draft.request).body()
+        fingerprint, into = hashlib.sha256(body).digest(), self.into.digest if self.into else b""
+        about, secrets = self.statement, draft.encode()
+        return body, Attempt(
+            about.operation, about.delta, fingerprint, secrets, into=into, draft=draft
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Which attempt was performed, and the blob if it was a look-up that found one."""
 
@@ -115,14 +152,19 @@ class Teller:
         epochs: Epochs,
         rng: Callable[[int], bytes],
         pool_size: int,
+        prover: Prover | None = None,
     ) -> None:
-        """`pool_size`: how many credentials to have when many calls want some at once."""
+        """`pool_size`: how many credentials to have when many calls want some at once; `prover`:
+        who makes the proofs, this thread if None."""
         self.wallet: Final[Wallet] = journal.load()
         self.epochs: Final = epochs
         self._journal = journal
         self._line = line
         self._rng = rng
         self._pool_size = pool_size
+        self._here = Here(rng)
+        self._prover = prover or self._here
+        self._proving: Counter[bytes] = Counter()
         self._driven: set[int] = set()
         self._stuck: set[int] = set()
         self._changed = trio.Event()
@@ -232,7 +274,7 @@ class Teller:
 
     async def _pay(self, order: Order, epoch: EpochParameters) -> Answer:
         selection = await self._select(epoch, epoch.tariff.delta(order.operation))
-        pending, frame = self._begin(epoch, selection, order)
+        pending, frame = await self._begin_elsewhere(epoch, selection, order)
         try:
             return await self._perform(pending, frame)
         except Refusal as refused:
@@ -275,6 +317,8 @@ class Teller:
 
     def _is_driven(self, epoch: EpochParameters) -> bool:
         """Whether anybody is about to have other credentials of this epoch."""
+        if self._proving[epoch.digest]:
+            return True
         pending = self.wallet.pending
         return any(pending[one].epoch == epoch.digest for one in self._driven if one in pending)
 
@@ -592,6 +636,35 @@ class Teller:
         where = selection.inputs, attempt, order.memo, order.place
         return self.wallet.begin(epoch.digest, *where), codec.REQUEST.wrap(body)
 
+    async def _begin_elsewhere(
+        self, epoch: EpochParameters, selection: Selection, order: Order
+    ) -> tuple[Pending, bytes]:
+        """As _begin, by the prover; others go on meanwhile."""
+        task = self._task(epoch, order.make(epoch.digest), selection.inputs, selection.amounts)
+        self._proving[epoch.digest] += 1
+        try:
+            draft = await self._prover.prepare(*task.arguments)
+        except BaseException:
+            self.wallet.put_back(selection)
+            self._change()
+            raise
+        finally:
+            self._proving[epoch.digest] -= 1
+        body, attempt = task.attempt(draft, order.complete)
+        where = selection.inputs, attempt, order.memo, order.place
+        return self.wallet.begin(epoch.digest, *where), codec.REQUEST.wrap(body)
+
+    def _task(
+        self,
+        epoch: EpochParameters,
+        request: CredentialedRequest,
+        inputs: tuple[Held, ...],
+        amounts: tuple[int, int],
+        into: EpochParameters | None = None,
+    ) -> _Task:
+        presented = tuple(held.credential for held in inputs)
+        return _Task(request, request.statement(epoch.tariff), epoch, presented, amounts, into)
+
     def _prove(
         self,
         epoch: EpochParameters,
@@ -605,16 +678,8 @@ class Teller:
 
         `into`: the epoch of the outputs, if that is another.
         """
-        statement = request.statement(epoch.tariff)
-        presented = [held.credential for held in inputs]
-        issuer, digest = (into.issuer, into.digest) if into else (None, b"")
-        draft = prepare(epoch.issuer, statement, presented, amounts, self._rng, issuer)
-        body = complete(request, draft.request).body()
-        fingerprint = hashlib.sha256(body).digest()
-        secrets = draft.encode()
-        return body, Attempt(
-            statement.operation, statement.delta, fingerprint, secrets, into=digest, draft=draft
-        )
+        task = self._task(epoch, request, inputs, amounts, into)
+        return task.attempt(self._here.prepared(*task.arguments), complete)
 
     async def _perform(self, pending: Pending, frame: bytes) -> Answer:
         """Journal, ask, settle. A refusal for good of what has no inputs undoes it."""
@@ -661,7 +726,7 @@ class Teller:
         epoch = await self.epochs.get(attempt.into or pending.epoch)
         try:
             draft = attempt.draft or Draft.decode(attempt.secrets)
-            outputs = draft.finish(epoch.issuer, issued)
+            outputs = await self._prover.finish(epoch.issuer, draft, issued)
         except ProtocolError as error:
             raise Misbehaviour(f"the server's credentials are worthless: {error}") from error
         settled = self.wallet.settle(pending, attempt, outputs)
@@ -684,6 +749,11 @@ class Teller:
         if pending.number in self.wallet.pending:
             self.wallet.release(pending)
 
+    def _change(self) -> None:
+        """Have whoever waits for other credentials look again."""
+        self._changed.set()
+        self._changed = trio.Event()
+
     @contextmanager
     def _driving(self, pending: Pending) -> Iterator[None]:
         """The pending is being dealt with; afterwards whoever waits for a change looks again."""
@@ -692,8 +762,7 @@ class Teller:
             yield
         finally:
             self._driven.discard(pending.number)
-            self._changed.set()
-            self._changed = trio.Event()
+            self._change()
             if pending.number in self.wallet.pending:
                 self._stranding.set()
                 self._stranding = trio.Event()

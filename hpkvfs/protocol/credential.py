@@ -483,12 +483,12 @@ class Draft:
         return _DRAFT.pack(self._binding, *wanted)
 
     @classmethod
-    def decode(cls, encoded: bytes) -> Draft:
+    def decode(cls, encoded: bytes, request: bytes = b"") -> Draft:
         """Inverse of encode, but for `request`, which is not in it; Malformed otherwise."""
         if len(encoded) != _DRAFT.size:
             raise Malformed(f"a draft has {_DRAFT.size} bytes, not {len(encoded)}")
         binding, a1, r1, a2, r2 = _DRAFT.unpack(encoded)
-        return cls(b"", binding, ((a1, decode_nonzero(r1)), (a2, decode_nonzero(r2))))
+        return cls(request, binding, ((a1, decode_nonzero(r1)), (a2, decode_nonzero(r2))))
 
     def finish(self, parameters: IssuerParameters, reply: bytes) -> tuple[Credential, Credential]:
         """The two credentials of a reply made with these parameters' key.

@@ -15,6 +15,7 @@ from hpkvd.epochs import Epoch, Epochs, first_epoch, next_epoch
 from hpkvd.handler import Handler
 from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvd.payments import vouchers
+from hpkvfs.net.proving import Prover
 from hpkvfs.net.store import Pace, RemoteStore
 from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.tariff import Tariff
@@ -83,6 +84,7 @@ class World:
         name: str = "wallet",
         identity: bytes | None = None,
         pace: Pace | None = None,
+        prover: Prover | None = None,
     ) -> RemoteStore:
         """A store over this client's journal; the last in `journals` is its."""
         journal = FailingJournal(self.directory / name, KEY, secrets.token_bytes)
@@ -94,6 +96,7 @@ class World:
             identity=identity,
             patience=patience,
             pace=pace or Pace(),
+            prover=prover,
             max_in_flight=max_in_flight,
         )
 
