@@ -23,7 +23,9 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+import signal
 import sqlite3
 import statistics
 import subprocess
@@ -40,7 +42,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from tools.benchmarks.local import Server, local_server
+from tools.benchmarks.local import Server, end_with_parent, local_server
 
 MIB: Final = 1 << 20
 BLOB: Final = 16_433
@@ -129,7 +131,8 @@ def _mounted(command: Command, directory: Path, log: Path) -> Iterator[Any]:
     directory.mkdir(exist_ok=True)
     with log.open("ab") as said:
         process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said,
-                                   stdin=subprocess.DEVNULL, env=ENVIRONMENT)  # fmt: skip
+                                   stdin=subprocess.DEVNULL, env=ENVIRONMENT,
+                                   preexec_fn=end_with_parent)  # fmt: skip
     try:
         end = time.monotonic() + 60
         while not directory.is_mount():
@@ -424,8 +427,11 @@ def run(as_json: bool, only: Sequence[str] = ()) -> dict[str, object]:
     wanted = [row for row in ROWS if row in wanted or row in {NEEDS.get(w) for w in wanted}]
     names = [peer for peer in PEERS if peer in only] or list(PEERS)
     found: dict[str, dict[str, list[Figures]]] = {row: {} for row in wanted}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is undone
+    _sweep()
     for number in range(ROUNDS):
-        with tempfile.TemporaryDirectory(prefix="hpkvfs-fs-") as base, ExitStack() as stack:
+        prefix = f"hpkvfs-fs-{os.getpid()}-"
+        with tempfile.TemporaryDirectory(prefix=prefix) as base, ExitStack() as stack:
             made = Path(base) / "made"
             made.mkdir()
             _prepare(made)
@@ -439,6 +445,29 @@ def run(as_json: bool, only: Sequence[str] = ()) -> dict[str, object]:
     if not as_json:
         _show(rows, names)
     return {**_summary(rows, names), "rows": rows if as_json else len(rows)}
+
+
+_MINE: Final = re.compile(
+    rf"({re.escape(tempfile.gettempdir())}/hpkvfs-fs-|{re.escape(str(TRIXIE))}/bench-)(\d+)-[^/]*"
+)
+
+
+def _sweep() -> None:
+    """Take away what an earlier run left behind that was killed: mounts, then directories."""
+    mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for place in reversed(mounts):
+        if _is_left_behind(place):
+            subprocess.run(["umount", "-l", place], check=False)
+    bases = [*Path(tempfile.gettempdir()).glob("hpkvfs-fs-*"), *TRIXIE.glob("bench-*")]
+    for base in bases:
+        if _is_left_behind(str(base)):
+            shutil.rmtree(base, ignore_errors=True)
+
+
+def _is_left_behind(place: str) -> bool:
+    """Whether it is, or is in, a directory of a run whose process is gone."""
+    mine = _MINE.match(place)
+    return mine is not None and not Path("/proc", mine[2]).exists()
 
 
 def _tell(message: str, quiet: bool) -> None:

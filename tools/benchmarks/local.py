@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,6 +49,7 @@ def local_server(data: Path) -> Iterator[Server]:
     process = subprocess.Popen(
         [sys.executable, "-m", "hpkvd", *command, "--ready-fd", str(writing)],
         pass_fds=[writing],
+        preexec_fn=end_with_parent,
         stdout=subprocess.DEVNULL,
     )
     os.close(writing)
@@ -59,6 +62,11 @@ def local_server(data: Path) -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(STOP_SECONDS)
+
+
+def end_with_parent() -> None:
+    """In a new process: be terminated when the one that started it ends, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def _hpkvd(*arguments: str) -> str:
