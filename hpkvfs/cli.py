@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpkvfs import care, control, keep, past, ui
+from hpkvfs import care, control, keep, past, tokens, ui
 from hpkvfs.address import DEFAULT_SERVER
 from hpkvfs.errors import AlreadyInUse, HpkvError, UserError, VaultError
 from hpkvfs.settings import (
@@ -59,7 +59,8 @@ def _version(context: click.Context, option: click.Parameter, wanted: bool) -> N
     epilog="""\b
 Start with:
   hpkvfs init                      write down the words it shows
-  hpkvfs redeem                    give it a voucher
+  hpkvfs redeem                    give it a voucher, or
+  hpkvfs buy                       pay for tokens
   hpkvfs mount ~/vault
 \b
 Completion of commands and options:
@@ -149,9 +150,6 @@ _passphrase = click.option(
 _no_password = click.option(
     "--no-password", is_flag=True, help="Keep the vault's key on this disk without a password."
 )
-_voucher_file = click.option(
-    "--voucher-file", metavar="FILE", type=file_path, help="Read the voucher here."
-)
 
 
 @main.command(
@@ -224,7 +222,7 @@ Examples:
 )
 @click.option("--seed", metavar="FILE", type=click.Path(path_type=Path, allow_dash=True),
               help="Read the words here, or - for standard input.")  # fmt: skip
-@_voucher_file
+@tokens.voucher_file
 @_passphrase
 @_server
 @_no_password
@@ -311,52 +309,6 @@ def _recovered(result: Result) -> str:
             " machine that is lost, or where the vault was recovered before"
         )
     return "\n".join(lines)
-
-
-# -- tokens ----------------------------------------------------------------------------------
-
-
-@main.command(
-    epilog="""\b
-Examples:
-  hpkvfs redeem                            asks for the voucher
-  hpkvfs redeem - < voucher.txt
-  hpkvfs redeem --voucher-file voucher.txt
-  hpkvfs redeem hpkv1-1000-...             others on this machine may see it in the list of processes
-"""  # noqa: E501
-)
-@click.argument("voucher", required=False)
-@_voucher_file
-@json_option
-@pass_settings
-def redeem(
-    settings: Settings, voucher: str | None, voucher_file: Path | None, as_json: bool
-) -> None:
-    """Turn a voucher into tokens.
-
-    When it was cut short, run it again: no token is lost.
-    """
-    if voucher is not None and voucher_file is not None:
-        raise click.UsageError("give the voucher once")
-    if voucher_file is not None or voucher == "-":
-        voucher = read_secret(voucher_file or Path("-"), "voucher")
-    if voucher is None:
-        voucher = prompt("voucher", "--voucher-file")
-    result = settings.perform("redeem", {"voucher": voucher}, "redeeming")
-    show(result, as_json, lambda r: f"{r['amount']:,} tokens redeemed; {r['held']:,} in all")
-
-
-@main.command(epilog="Examples: hpkvfs balance;  hpkvfs balance --json | jq .held")
-@json_option
-@pass_settings
-def balance(settings: Settings, as_json: bool) -> None:
-    """Tell how many tokens there are.
-
-    Pending ones are in requests whose answer has not come yet; they are settled when the
-    server can be reached.
-    """
-    result = settings.perform("balance", {}, "looking")
-    show(result, as_json, ui.balance)
 
 
 # -- mounting --------------------------------------------------------------------------------
@@ -663,5 +615,5 @@ def _write_new(path: Path, text: str) -> None:
         ) from None
 
 
-for _command in (*care.COMMANDS, *past.COMMANDS):
+for _command in (*tokens.COMMANDS, *care.COMMANDS, *past.COMMANDS):
     main.add_command(_command)

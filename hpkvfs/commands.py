@@ -19,7 +19,7 @@ from typing import Any, Final, TypeAlias
 
 import trio
 
-from hpkvfs import keep
+from hpkvfs import buying, keep
 from hpkvfs.control import MAX_LINE, Progress, encode, encode_error, short_path
 from hpkvfs.errors import HpkvError, UserError, VaultError
 from hpkvfs.mend import mend
@@ -76,6 +76,9 @@ class Commands:
             "gc": self._gc,
             "log": self._log,
             "snapshots": self._snapshots,
+            "offers": self._offers,
+            "purchases": self._purchases,
+            "await-purchase": self._await_purchase,
         }
         self._in_turn: dict[str, Command] = {
             "sync": self._sync,
@@ -87,6 +90,8 @@ class Commands:
             "fsck": self._fsck,
             "redeem": self._redeem,
             "keepalive": self._keepalive,
+            "buy": self._buy,
+            "abandon-purchases": self._abandon,
         }
 
     async def run(self, name: str, arguments: Arguments, progress: Progress) -> Result:
@@ -214,6 +219,21 @@ class Commands:
     async def _redeem(self, arguments: Arguments, progress: Progress) -> Result:
         amount = await self.session.redeem(str(arguments["voucher"]))
         return {"amount": amount, "held": self.session.store.balance.total}
+
+    async def _offers(self, arguments: Arguments, progress: Progress) -> Result:
+        return await buying.offers(self.session)
+
+    async def _purchases(self, arguments: Arguments, progress: Progress) -> Result:
+        return buying.purchases(self.session)
+
+    async def _buy(self, arguments: Arguments, progress: Progress) -> Result:
+        return await buying.buy(self.session, arguments)
+
+    async def _await_purchase(self, arguments: Arguments, progress: Progress) -> Result:
+        return await buying.await_purchase(self.session, arguments, progress)
+
+    async def _abandon(self, arguments: Arguments, progress: Progress) -> Result:
+        return await buying.abandon(self.session)
 
 
 def _snapshot(snapshot: Snapshot) -> Result:

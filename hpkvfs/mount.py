@@ -29,7 +29,7 @@ from typing import Any, Final, TypeVar
 
 import trio
 
-from hpkvfs import commands
+from hpkvfs import buying, commands
 from hpkvfs.breakglass import Found, warning
 from hpkvfs.commands import Arguments, Commands, Result, ungrouped
 from hpkvfs.control import Progress, no_progress
@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h; Python does not name it
 STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-NEEDS_NO_TREE: Final = ("status", "balance", "redeem", "keepalive")
+NEEDS_NO_TREE: Final = ("status", "balance", "redeem", "keepalive", *buying.COMMANDS)
 ENOUGH: Final = 200
 
 

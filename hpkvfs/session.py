@@ -43,6 +43,7 @@ from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import PATIENCE_SECONDS, Dialer
 from hpkvfs.parallel import Scatter, each
 from hpkvfs.protocol.tariff import Operation
+from hpkvfs.protocol.voucher import Voucher
 from hpkvfs.state import StateDirectory
 from hpkvfs.types import (
     ANCHOR_BIT,
@@ -742,6 +743,12 @@ class Session:
     async def redeem(self, voucher: str) -> int:
         """Turn a voucher into tokens; their number."""
         amount = await self.store.redeem(voucher)
+        self._wake.set()
+        return amount
+
+    async def take(self, voucher: Voucher) -> int:
+        """Turn a voucher that was paid for into tokens; their number."""
+        amount = await self.store.take(voucher)
         self._wake.set()
         return amount
 

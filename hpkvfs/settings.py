@@ -77,7 +77,7 @@ class Settings:
     tor_password_file: Path | None = None
     tell: Callable[[str], None] = ui.phase
     password_fd: int | None = None
-    new_password: str | None = field(default=None, repr=False)
+    new_password: str | None = field(default=None, repr=False)  # known already: do not ask
 
     @property
     def state(self) -> StateDirectory:
@@ -117,7 +117,8 @@ class Settings:
                 return pipe.read().decode()
         if self.password_file is not None:
             return read_secret(self.password_file, "password")
-        return prompt("password", "--password-file")
+        self.new_password = prompt("password", "--password-file")
+        return self.new_password
 
     def open(self) -> Vault:
         """The vault, unlocked."""

@@ -93,6 +93,13 @@ def printable(path: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
 
 
+def qr(text: str) -> None:
+    """A QR code on standard output."""
+    import segno
+
+    segno.make(text, error="l", micro=False).terminal(sys.stdout, border=2, compact=True)
+
+
 def notice(text: str) -> None:
     """Something the user should know, on standard error."""
     click.echo(f"hpkvfs: {text}", err=True)

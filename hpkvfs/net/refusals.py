@@ -32,6 +32,14 @@ class VoucherSpent(BadVoucher):
     """A voucher that was redeemed by another request."""
 
 
+class PaymentRefused(UserError, Refusal):
+    """A payment that buys nothing; nothing was taken."""
+
+
+class NotSettled(Refusal):
+    """A payment of which it is not known yet what it came to; repeating it tells."""
+
+
 _BUG: Final = "it may be older or newer than this program, or one of them has a bug"
 _WHY: Final[dict[Reason, tuple[type[Refusal], str, str]]] = {
     Reason.KEY_EXISTS: (KeyExists, "the key is taken already", ""),
@@ -57,6 +65,57 @@ _WHY: Final[dict[Reason, tuple[type[Refusal], str, str]]] = {
         BadVoucher,
         "this voucher is for another amount",
         "copy it whole, as the operator gave it",
+    ),
+    Reason.NOT_OFFERED: (
+        PaymentRefused,
+        "this server does not take that",
+        "hpkvfs buy shows what it takes",
+    ),
+    Reason.BAD_TOKEN: (
+        PaymentRefused,
+        "the mint does not know this token's coins",
+        "look at the token in a wallet",
+    ),
+    Reason.OTHER_MINT: (
+        PaymentRefused,
+        "this server does not take tokens of that mint",
+        "swap it at one of the mints that hpkvfs buy shows; it is as good as it was",
+    ),
+    Reason.OTHER_UNIT: (
+        PaymentRefused,
+        "this server takes tokens in sat only",
+        "swap it for sat; it is as good as it was",
+    ),
+    Reason.TOO_LITTLE: (
+        PaymentRefused,
+        "this is less than the server sells at a time, after the mint's fee",
+        "hpkvfs buy shows the least; a token is as good as it was",
+    ),
+    Reason.TOO_MUCH: (
+        PaymentRefused,
+        "this is more than the server sells at a time",
+        "pay in parts; a token is as good as it was",
+    ),
+    Reason.TOKEN_SPENT: (PaymentRefused, "the mint says that this token was spent already", ""),
+    Reason.INVOICE_EXPIRED: (
+        PaymentRefused,
+        "the invoice has expired unpaid",
+        "order anew: hpkvfs buy --lightning --tokens N",
+    ),
+    Reason.PAYMENT_UNSETTLED: (
+        NotSettled,
+        "the mint, or the server's Lightning node, does not answer",
+        "nothing is lost: run hpkvfs buy again later",
+    ),
+    Reason.MINT_LIES: (
+        NotSettled,
+        "the mint gave the server an answer that cannot be true",
+        "keep the token and tell the server's operator; hpkvfs buy tries again",
+    ),
+    Reason.OTHER_AMOUNT: (
+        NotSettled,
+        "the payment comes to another amount than was ordered",
+        "tell the server's operator; hpkvfs buy tries again, --abandon gives it up",
     ),
     Reason.OLD_COUNTER: (OldCounter, "a newer breakglass entry is stored already", ""),
     Reason.FULL: (NoRoom, "the server has no room left", "try again later, or ask its operator"),

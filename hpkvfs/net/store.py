@@ -22,6 +22,7 @@ from hpkvfs.errors import Misbehaviour, SpentElsewhere, StoreError, Unreachable,
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
 from hpkvfs.net.proving import Prover
+from hpkvfs.net.purchases import Purchases
 from hpkvfs.net.refusals import out_of_place, refusal
 from hpkvfs.net.teller import Order, Teller
 from hpkvfs.net.transport import Dialer
@@ -95,6 +96,7 @@ class RemoteStore:
         epochs = Epochs(journal, line, identity)
         self._journal = journal
         self._line = line
+        self.purchases: Final = Purchases(journal, line, rng)
         self._teller = Teller(journal, line, epochs, rng, 2 * max_in_flight, prover)
         self._pool_size = 2 * max_in_flight
         self._pace = pace
@@ -145,6 +147,10 @@ class RemoteStore:
             voucher = Voucher.parse(text)
         except ValueError as error:
             raise UserError(str(error), "copy it whole, as the operator gave it") from error
+        return await self.take(voucher)
+
+    async def take(self, voucher: Voucher) -> int:
+        """As `redeem`."""
 
         def make(epoch: bytes) -> CredentialedRequest:
             return IssueRequest(epoch, voucher.secret, voucher.amount)

@@ -681,7 +681,7 @@ class Payment:
         integer(0, MAX_SECONDS),
     )
 
-    paid: int
+    paid: bool | int
     tokens: int
     sats: int = 0
     invoice: bytes = b""
@@ -689,7 +689,9 @@ class Payment:
 
     def encode(self) -> bytes:
         """The frame to send: REPLY_SIZE bytes."""
-        return _reply(self._kind, self.paid, self.tokens, self.sats, self.invoice, self.seconds)
+        return _reply(
+            self._kind, int(self.paid), self.tokens, self.sats, self.invoice, self.seconds
+        )
 
 
 Reply: TypeAlias = Refused | Parameters | Done | Spent | Entry | Offers | Payment

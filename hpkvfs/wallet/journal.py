@@ -60,6 +60,9 @@ _NO_ROOM: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
 """A write that was refused (ENOSPC, a quota), before any fsync: the transaction is not there."""
 KNOWN: Final = "known"
 """The name under which the newest known generation is kept."""
+PURCHASE: Final = "purchase/"
+"""A purchase of tokens is kept under this and the hexadecimal digest of its voucher; it is
+forgotten in the transaction that has the voucher's credentials."""
 _BOOK: Final = "book"
 _RESERVE: Final = "reserve"
 _SCHEMA: Final = f"""
@@ -77,6 +80,7 @@ _PUT_META: Final = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
 _DROP_PENDING: Final = "DELETE FROM pendings WHERE number = ?"
 _DROP_CREDENTIAL: Final = "DELETE FROM credentials WHERE number = ?"
 _DROP_RECEIPTS: Final = "DELETE FROM receipts WHERE seq <= ?"
+_DROP_META: Final = "DELETE FROM meta WHERE name = ?"
 
 # All rows of one statement of a batch are written together, in this order: within a batch a row
 # may be written and then dropped, and is never dropped and then written.
@@ -88,6 +92,7 @@ _ORDER: Final = (
     _DROP_PENDING,
     _DROP_CREDENTIAL,
     _DROP_RECEIPTS,
+    _DROP_META,
 )
 
 
@@ -269,6 +274,16 @@ class Journal:
         self._add(_PUT_META, "meta", name, value)
         self._meta[name] = value
 
+    def drop_meta(self, name: str) -> None:
+        """Forget what is kept under a name, if anything is.
+
+        Nothing is to be kept under it again before the next `flush`: see _ORDER.
+        """
+        if name in self._meta:
+            self._check()
+            del self._meta[name]
+            self._batch.rows[_DROP_META].append((name,))
+
     async def flush(self) -> None:
         """Return when everything so far is on the disk; VaultError if it cannot be.
 
@@ -316,6 +331,8 @@ class Journal:
     def _performed_now(self, operation: Operation, memo: bytes) -> None:
         if memo and operation in (Operation.INSERT, Operation.DELETE):
             self._keep_receipt(operation, memo)
+        elif operation is Operation.ISSUE:
+            self.drop_meta(PURCHASE + memo.hex())
 
     def _keep_receipt(self, operation: Operation, memo: bytes) -> None:
         self._last_receipt += 1

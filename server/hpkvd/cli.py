@@ -33,6 +33,7 @@ from hpkvd.commands import (
 from hpkvd.commands.care import backup, check, income, migrate, restore
 from hpkvd.commands.plan import plan
 from hpkvd.commands.serve import serve, worker
+from hpkvd.commands.takings import takings
 from hpkvd.config import Config
 from hpkvd.ledger import Totals, urls
 from hpkvd.payments import vouchers
@@ -51,7 +52,7 @@ def main() -> None:
     os.umask(0o077)
 
 
-for _command in (serve, worker, check, backup, restore, migrate, income, plan):
+for _command in (serve, worker, check, backup, restore, migrate, income, takings, plan):
     main.add_command(_command)
 
 
@@ -281,6 +282,12 @@ def _report(newest: EpochParameters, totals: Totals) -> dict[str, Any]:
             "outstanding": totals.outstanding,
         },
         "vouchers": {"unspent": totals.vouchers, "tokens": totals.voucher_amount},
+        "sold": {
+            "cashu": {"tokens": totals.cashu_tokens, "sats": totals.cashu_sats},
+            "lightning": {"tokens": totals.lightning_tokens, "sats": totals.lightning_sats},
+            "unsettled": totals.sales,
+        },
+        "takings": {"tokens": totals.takings, "sats": totals.takings_sats},
     }
 
 
@@ -299,5 +306,13 @@ def _text(report: dict[str, Any]) -> str:
         "refunded": f"{tokens['refunded']:,}",
         "outstanding": f"{tokens['outstanding']:,}",
         "unspent vouchers": f"{unspent['unspent']:,} ({unspent['tokens']:,} tokens)",
+        "paid by ecash": _sold(report["sold"]["cashu"]),
+        "paid by Lightning": _sold(report["sold"]["lightning"]),
+        "unsettled": f"{report['sold']['unsettled']:,} payments",
+        "ecash in the till": f"{report['takings']['sats']:,} sat (hpkvd takings)",
     }
     return "\n".join(f"{name:<20}{value}" for name, value in rows.items())
+
+
+def _sold(row: dict[str, int]) -> str:
+    return f"{row['tokens']:,} tokens for {row['sats']:,} sat"

@@ -166,7 +166,8 @@ def income(
     """Tell what was sold, what of it is earned, and what is still owed in service.
 
     Earned is what was charged less what was refunded. Owed are the tokens customers hold, and
-    those that deleting every blob would give back.
+    those that deleting every blob would give back. What was paid by ecash or Lightning is counted
+    when it is paid, and sold when its voucher is redeemed.
     """
     with closing(open_ledger(data, settings.load(data), ledger)) as desk:
         totals = desk.totals()
@@ -176,14 +177,21 @@ def income(
         "owed": totals.outstanding,
         "vouchers_unredeemed": totals.voucher_amount,
     }
+    paid = {
+        "cashu": (totals.cashu_tokens, totals.cashu_sats),
+        "lightning": (totals.lightning_tokens, totals.lightning_sats),
+    }
     if as_json:
-        report = {name: {"tokens": tokens, "money": _money(tokens, price)}
+        report: dict[str, object] = {name: {"tokens": tokens, "money": _money(tokens, price)}
                   for name, tokens in rows.items()}  # fmt: skip
+        report["paid"] = {name: {"tokens": n, "sats": sats} for name, (n, sats) in paid.items()}
         click.echo(json.dumps(report | {"currency": currency}))
         return
     for name, tokens in rows.items():
         money = "" if price is None else f"  {_money(tokens, price):>14,.2f} {currency}"
         click.echo(f"{name.replace('_', ' '):<22}{tokens:>16,} tokens{money}")
+    for name, (tokens, sats) in paid.items():
+        click.echo(f"{'paid by ' + name:<22}{tokens:>16,} tokens  {sats:>14,} sat")
 
 
 def _money(tokens: int, price: float | None) -> float | None:
