@@ -40,19 +40,19 @@ CIRCUIT_CELLS: Final = 24
 class Constants:
     """Figures that were measured; SOURCES says how each is measured again."""
 
-    proof_ms: float = 2.10
-    sqlite_rest_ms: float = 0.9
-    postgresql_rest_ms: float = 1.5
-    postgresql_database_ms: float = 0.6
-    sqlite_transactions_s: float = 1_300.0
-    postgresql_transactions_s: float = 1_300.0
+    proof_ms: float = 2.1
+    sqlite_rest_ms: float = 0.75
+    postgresql_rest_ms: float = 0.8
+    postgresql_database_ms: float = 0.5
+    sqlite_transactions_s: float = 1_200.0
+    postgresql_transactions_s: float = 650.0
     sqlite_blob_bytes: float = 17_040.0
-    postgresql_blob_bytes: float = 21_000.0
+    postgresql_blob_bytes: float = 17_370.0
     sqlite_request_bytes: float = 690.0
-    postgresql_request_bytes: float = 900.0
+    postgresql_request_bytes: float = 946.0
     sqlite_entry_bytes: float = 4_700.0
-    postgresql_entry_bytes: float = 1_500.0
-    log_bytes: float = 30_000.0
+    postgresql_entry_bytes: float = 1_280.0
+    log_bytes: float = 18_840.0
     space_ratio: float = 1.05
     tor_ms: float = 2.5
 
@@ -65,14 +65,14 @@ SOURCES: Final = {
     "sqlite_transactions_s": ("transactions of one ledger, no proofs", "tools/bench server"),
     "postgresql_transactions_s": ("transactions of one ledger, no proofs", "tools/bench server"),
     "sqlite_blob_bytes": ("disk for one blob with its index", "hpkvd plan --measure"),
-    "postgresql_blob_bytes": ("the same in PostgreSQL", "hpkvd plan --measure --ledger URL"),
+    "postgresql_blob_bytes": ("the same in PostgreSQL", "tools/bench server"),
     "sqlite_request_bytes": ("disk for one request and its serials", "hpkvd plan --measure"),
-    "postgresql_request_bytes": ("the same in PostgreSQL", "hpkvd plan --measure --ledger URL"),
+    "postgresql_request_bytes": ("the same in PostgreSQL", "tools/bench server"),
     "sqlite_entry_bytes": ("disk for one breakglass entry", "hpkvd plan --measure"),
-    "postgresql_entry_bytes": ("the same in PostgreSQL", "hpkvd plan --measure --ledger URL"),
+    "postgresql_entry_bytes": ("the same in PostgreSQL", "tools/bench server"),
     "log_bytes": ("write-ahead log that an insertion sends a standby", "tools/bench server"),
     "space_ratio": ("bytes stored for a byte of files", "tools/bench space"),
-    "tor_ms": ("CPU of the server's tor for a request", "tools/bench tor"),
+    "tor_ms": ("CPU of the server's tor, taken as a third of all tors'", "tools/bench tor"),
 }
 assert set(SOURCES) == {one.name for one in fields(Constants)}
 

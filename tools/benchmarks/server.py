@@ -27,12 +27,14 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import trio
 
+from hpkvd import measure
 from hpkvd.ledger import Read, Transaction, urls
+from hpkvd.ledger.postgresql_rows import PostgresqlRows
 from hpkvfs.protocol.credential import parse
 from hpkvfs.protocol.messages import decode_request
 from tests.server import ledgers
@@ -155,6 +157,10 @@ class _Bench:
         before = self._log_position()
         ledger_alone(self._fresh("postgres"), TRANSACTIONS, inserts=1.0)
         found["log_bytes"] = (self._log_position() - before) / TRANSACTIONS
+        with closing(PostgresqlRows(self._fresh("postgres"))) as rows:
+            query = "SELECT pg_database_size(current_database())"
+            sizes = measure.disk(rows, lambda: int(rows.one(query)[0]), measure.proofs()[1])
+        found |= {f"postgresql_{name}": size for name, size in sizes.items()}
         return {name: round(value, 2) for name, value in found.items()}
 
     def _log_position(self) -> int:
