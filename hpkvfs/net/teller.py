@@ -167,6 +167,7 @@ class Teller:
         self._proving: Counter[bytes] = Counter()
         self._driven: set[int] = set()
         self._stuck: set[int] = set()
+        self._bought: set[bytes] = set()
         self._changed = trio.Event()
         self._stranding = trio.Event()
 
@@ -256,15 +257,13 @@ class Teller:
 
         await self.surviving(once)
 
-    async def resolve_like(self, operation: Operation, memo: bytes) -> Answer | None:
-        """Resolve an earlier call of the same operation and memo; the answer it had, if any."""
-        answer = None
+    async def resolve_like(self, operation: Operation, memo: bytes) -> None:
+        """Have an earlier call of the same operation and memo resolved, if there is one."""
         while memo and (pending := self._find(operation, memo)) is not None:
             if pending.number in self._driven:
                 await self._changed.wait()
             else:
-                answer = await self.resolve(pending)
-        return answer
+                await self.resolve(pending)
 
     def _find(self, operation: Operation, memo: bytes) -> Pending | None:
         for one in self.wallet.pending.values():
@@ -407,7 +406,8 @@ class Teller:
         """
 
         async def buy() -> None:
-            if await self.resolve_like(Operation.ISSUE, memo) is None:
+            await self.resolve_like(Operation.ISSUE, memo)
+            if memo not in self._bought:
                 epoch = await self.newest()
                 attempt = self._prove_purchase(epoch, make(epoch.digest), amount)
                 pending = self.wallet.begin(epoch.digest, (), attempt, memo)
@@ -485,8 +485,9 @@ class Teller:
     async def resolve(self, pending: Pending) -> Answer | None:
         """Settle a stranded pending: find out which of its attempts was performed.
 
-        None: its epoch has ended, and its operation was not performed, or nobody can tell.
-        Unreachable leaves it stranded; any other error leaves it stuck until `unstick`.
+        None: its epoch has ended, and its operation was not performed, or nobody can tell; or
+        somebody else has settled it meanwhile. Unreachable leaves it stranded; any other error
+        leaves it stuck until `unstick`.
         """
         try:
             return await self.surviving(lambda: self._resolve(pending.number))
@@ -497,7 +498,11 @@ class Teller:
             raise
 
     async def _resolve(self, number: int) -> Answer | None:
-        pending = self.wallet.pending[number]
+        while number in self._driven:
+            await self._changed.wait()  # somebody else has taken it up meanwhile
+        pending = self.wallet.pending.get(number)
+        if pending is None:
+            return None
         if self.epochs.has_ended(pending.epoch):
             return await self._find_out(pending)
         return await self._ask_again(pending)
@@ -730,6 +735,8 @@ class Teller:
         except ProtocolError as error:
             raise Misbehaviour(f"the server's credentials are worthless: {error}") from error
         settled = self.wallet.settle(pending, attempt, outputs)
+        if attempt.operation is Operation.ISSUE:
+            self._bought.add(pending.memo)
         self._journal.settle(settled, self.wallet.book)
 
     def _own(self, pending: Pending, reply: Spent) -> tuple[Attempt, Fact, bytes]:

@@ -18,6 +18,7 @@ import trio
 import hpkvfs.errors
 import hpkvfs.fs.publisher
 import hpkvfs.fs.redolog
+import hpkvfs.net.epochs
 import hpkvfs.volume.volume
 import hpkvfs.wallet.journal
 from hpkvd.handler import Handler
@@ -35,7 +36,7 @@ from hpkvfs.types import ANCHOR_BIT
 from hpkvfs.volume.commit import Insert, Step
 from hpkvfs.wallet import rows
 from hpkvfs.wallet.journal import Journal
-from hpkvfs.wallet.wallet import Book, Pending, Settled
+from hpkvfs.wallet.wallet import Book, Pending, Settled, Wallet
 
 Replacement = tuple[object, str, object]
 MUTATIONS: Final[dict[str, Callable[[], list[Replacement]]]] = {}
@@ -220,6 +221,71 @@ def _full_disk_ends_the_mount() -> list[Replacement]:
         await self.store.run()
 
     return [(Session, "_run_store", once)]
+
+
+# -- epochs that end ---------------------------------------------------------------------------
+
+
+@_mutation
+def _expired_tokens_still_held() -> list[Replacement]:
+    """What is of an epoch that ended stays in the wallet."""
+    return [(Wallet, "expire", lambda self, epoch: [])]
+
+
+@_mutation
+def _ended_epoch_still_paid_with() -> list[Replacement]:
+    """The client takes every epoch that it knows for one in use."""
+    refresh = hpkvfs.net.epochs.Epochs._refresh
+
+    async def trusting(self: Any) -> None:
+        await refresh(self)
+        self._live = sorted(self._known.values(), key=lambda one: one.number)
+
+    return [(hpkvfs.net.epochs.Epochs, "_refresh", trusting)]
+
+
+@_mutation
+def _replies_dropped_an_epoch_too_soon() -> list[Replacement]:
+    """Records go while their epoch can still be presented."""
+    record = _Rows.record
+
+    def short(self: _Rows, transaction: Transaction, fact: Fact) -> None:
+        record(self, replace(transaction, epoch=transaction.epoch - 1, into=0), fact)
+
+    return [(_Rows, "record", short)]
+
+
+@_mutation
+def _moves_forgotten_with_the_epoch_they_left() -> list[Replacement]:
+    """Tokens on their way into a later epoch are lost with the earlier one."""
+    record = _Rows.record
+
+    def short(self: _Rows, transaction: Transaction, fact: Fact) -> None:
+        record(self, replace(transaction, into=0), fact)
+
+    return [(_Rows, "record", short)]
+
+
+@_mutation
+def _pending_of_an_ended_epoch_written_off_blindly() -> list[Replacement]:
+    """Nobody asks whether it was performed."""
+
+    async def blind(self: Teller, pending: Pending) -> None:
+        await trio.lowlevel.checkpoint()
+        self._lose(pending)
+
+    return [(Teller, "_find_out", blind)]
+
+
+@_mutation
+def _pending_of_an_ended_epoch_taken_for_performed() -> list[Replacement]:
+    """It gets its receipt without a look."""
+
+    async def hopeful(self: Teller, pending: Pending) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    return [(Teller, "_shows", hopeful)]
 
 
 # -- publication -----------------------------------------------------------------------------

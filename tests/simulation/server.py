@@ -11,13 +11,14 @@ from typing import Any
 
 import trio
 
-from hpkvd.epochs import Epoch, Epochs, Schedule, first_epoch, next_epoch
+from hpkvd.epochs import Epoch, Epochs, first_epoch, next_epoch
 from hpkvd.handler import Handler
-from hpkvd.ledger import Totals
+from hpkvd.ledger import LedgerError, Totals
 from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvd.payments import vouchers
 from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.tariff import Tariff
+from tests.simulation.epochs import Ageing
 from tests.simulation.oracle import Watcher
 from tests.simulation.points import SIDE, Crash, Faults, Point, Side
 
@@ -38,22 +39,27 @@ def chain(length: int) -> tuple[Epoch, ...]:
     return *before, next_epoch(before[-1].parameters, Tariff(), chance.randbytes)
 
 
-KEEP = Schedule().keep
-
-
 class Server(Side):
     """Lives one after another on one ledger, until the simulation ends."""
 
     def __init__(
-        self, directory: Path, faults: Faults, chance: random.Random, watch: Watcher
+        self,
+        directory: Path,
+        faults: Faults,
+        chance: random.Random,
+        watch: Watcher,
+        ageing: Ageing,
     ) -> None:
         super().__init__("server", faults)
         self._path = directory / "ledger"
         self._chance = chance
         self._watch = watch
+        self._ageing = ageing
+        self._ledger: SqliteLedger | None = None
         self._handler: Handler | None = None
         self._nursery: trio.Nursery | None = None
         self.epochs = 1
+        self.listed = 0
         self.wanted = trio.Event()
         SqliteLedger.create(self._path)
         self.desk = SqliteLedger(self._path)
@@ -73,29 +79,53 @@ class Server(Side):
                 await self.wanted.wait()
 
     async def _live(self) -> None:
-        ledger = SqliteLedger(self._path, reserve=0)
+        ledger = self._ledger = SqliteLedger(self._path, reserve=0)
         try:
             async with trio.open_nursery() as nursery:
                 self.scope, self.alive = nursery.cancel_scope, True
                 async with ledger.serving(), trio.open_nursery() as self._nursery:
-                    self._handler = Handler(self._epochs(), ledger, _clock)
+                    await self._take_up()
                     await trio.sleep_forever()
         finally:
-            self.alive = False
+            self.alive, self._handler = False, None
             ledger.close()
 
-    def _epochs(self) -> Epochs:
-        return Epochs(chain(self.epochs), identity())
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest epoch that is to be in use."""
+        return max(1, self.epochs - self._ageing.keep + 1)
 
     def rotate(self) -> None:
-        """The next epoch begins, as long as none would have to end for it."""
-        self.epochs = min(self.epochs + 1, KEEP)
-        if self.alive and self._handler is not None:
-            self._handler.use(self._epochs())
+        """The next epoch begins, and one may end for it."""
+        before, self.epochs = self.epochs, min(self.epochs + 1, self._ageing.most)
+        if self.epochs > before and self._handler is not None and self._nursery is not None:
+            self._nursery.start_soon(self._take_up)
+
+    async def _take_up(self) -> None:
+        """As hpkvd.rotation: what is listed no more, the ledger has refused before."""
+        SIDE.set(self)
+        assert self._ledger is not None
+        while True:
+            newest, oldest = self.epochs, self.oldest
+            try:
+                if self._ledger.oldest_epoch < oldest:
+                    await self._ledger.retire(oldest)
+            except LedgerError:
+                await trio.sleep(1)
+            if newest == self.epochs and self._ledger.oldest_epoch >= oldest - (oldest == 1):
+                break
+        chained = chain(newest)
+        ended = [one.parameters for one in chained[: oldest - 1]]
+        epochs = Epochs(chained[oldest - 1 :], identity(), ended)
+        self.listed = newest
+        if self._handler is None:
+            self._handler = Handler(epochs, self._ledger, _clock)
+        else:
+            self._handler.use(epochs)
 
     async def deliver(self, frame: bytes) -> bytes | None:
         """A request comes in: the reply that leaves, or None."""
-        if not self.alive or self._nursery is None:
+        if not self.alive or self._nursery is None or self._handler is None:
             return None
         done, replies = trio.Event(), list[bytes]()
         self._nursery.start_soon(self._serve, frame, replies, done)

@@ -1,0 +1,89 @@
+"""Epochs in a simulation: how fast they follow each other, and what must hold of those that end.
+
+In half of the seeds they only begin, up to as many as can be presented. In the others they end as
+well: at random times, under whatever is being asked, and while no client runs; often more of them
+than a client that was away has tokens in. In calm no epoch ends. Under a client's questions two do
+not begin within GAP seconds: it compares the answers, and could not tell that from lies.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from hpkvd.epochs import Schedule
+from hpkvd.ledger import Totals
+from hpkvfs.net.store import RemoteStore
+
+KEEP = Schedule().keep
+MOST = 16
+GAP = 70.0
+
+
+@dataclass(frozen=True)
+class Ageing:
+    """A seed's epochs: how many can be presented, how many there are at most, the mean seconds
+    from one to the next beyond GAP, and the chance that all end while no client runs."""
+
+    keep: int = KEEP
+    most: int = KEEP
+    mean: float = 0.0
+    away: float = 0.0
+
+    @classmethod
+    def draw(cls, chance: random.Random) -> Ageing:
+        """One of all kinds."""
+        if chance.random() < 0.5:
+            return cls()
+        mean = chance.choice([1.0, 30.0, 300.0, 3_000.0])
+        return cls(chance.choice([1, 2, 2, 3, 4]), MOST, mean, chance.choice([0.0, 0.3, 0.8]))
+
+    @property
+    def ends(self) -> bool:
+        """Whether epochs end in this seed."""
+        return self.most > self.keep
+
+    async def run(
+        self, chance: random.Random, rotate: Callable[[], None], calm: Callable[[], bool]
+    ) -> None:
+        """Begin epochs at random times, for ever."""
+        while self.mean:
+            await trio.sleep(GAP + chance.expovariate(1 / self.mean))
+            if not calm():
+                rotate()
+
+    def between_lives(self, chance: random.Random, rotate: Callable[[], None]) -> None:
+        """No client runs; perhaps for longer than all live epochs."""
+        if chance.random() < self.away:
+            for _ in range(self.keep):
+                rotate()
+
+
+def check_books(totals: Totals, store: RemoteStore) -> int:
+    """Both books tell the same story; the tokens that are outstanding and nobody can spend.
+
+    Of what is `lost` the server knows whether it was spent, and the client does not.
+    """
+    sums, book = store.conservation, store.conservation.book
+    assert sums.holds, "the wallet's books do not add up"
+    assert not sums.balance.pending, "tokens are pending"
+    unknown = totals.charged - book.spent
+    assert 0 <= unknown <= book.lost, (
+        f"charged: the server counts {totals.charged}, the client {book.spent}"
+        f" and does not know of {book.lost}"
+    )
+    gone = book.expired + book.lost - unknown
+    mine = {
+        "issued": book.bought,
+        "refunded": book.refunded,
+        "outstanding": sums.balance.total + gone,
+    }
+    for name, value in mine.items():
+        theirs = getattr(totals, name)
+        assert theirs == value, f"{name}: the server counts {theirs}, the client {value}"
+    held = store._teller.wallet.epochs
+    assert held <= set(store.epochs_in_use), "tokens are held that nobody accepts"
+    return gone
