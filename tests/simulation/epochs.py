@@ -16,17 +16,18 @@ import trio
 
 from hpkvd.epochs import Schedule
 from hpkvd.ledger import Totals
-from hpkvfs.net.store import RemoteStore
+from hpkvfs.net.store import Pace, RemoteStore
 
 KEEP = Schedule().keep
 MOST = 16
 GAP = 70.0
+QUICK = Pace(notice=60.0, move=30.0, move_late=10.0, look=5.0, pause=0.5)
 
 
 @dataclass(frozen=True)
 class Ageing:
     """A seed's epochs: how many can be presented, how many there are at most, the mean seconds
-    from one to the next beyond GAP, and the chance that all end while no client runs."""
+    from one to the next beyond GAP, and the chance that some end while no client runs."""
 
     keep: int = KEEP
     most: int = KEEP
@@ -39,7 +40,7 @@ class Ageing:
         if chance.random() < 0.5:
             return cls()
         mean = chance.choice([1.0, 30.0, 300.0, 3_000.0])
-        return cls(chance.choice([1, 2, 2, 3, 4]), MOST, mean, chance.choice([0.0, 0.3, 0.8]))
+        return cls(chance.choice([1, 2, 2, 3, 4]), MOST, mean, chance.choice([0.3, 0.8, 1.0]))
 
     @property
     def ends(self) -> bool:
@@ -58,7 +59,7 @@ class Ageing:
     def between_lives(self, chance: random.Random, rotate: Callable[[], None]) -> None:
         """No client runs; perhaps for longer than all live epochs."""
         if chance.random() < self.away:
-            for _ in range(self.keep):
+            for _ in range(chance.randint(1, self.keep)):
                 rotate()
 
 

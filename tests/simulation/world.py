@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import trio
@@ -28,11 +28,12 @@ from hpkvfs.errors import (
     VaultError,
 )
 from hpkvfs.net.refusals import NoRoom, VoucherSpent
+from hpkvfs.net.store import RemoteStore
 from hpkvfs.session import Session
 from hpkvfs.volume.keys import VaultKeys
 from tests.fs.play import START, Step, Tree, play, random_step, tree
 from tests.simulation.client import Machine, vault_trouble
-from tests.simulation.epochs import GAP, Ageing, check_books
+from tests.simulation.epochs import GAP, QUICK, Ageing, check_books
 from tests.simulation.mutations import planted
 from tests.simulation.network import FINE, Network, Weather
 from tests.simulation.oracle import Story, Watcher
@@ -93,6 +94,9 @@ def run(
         world = World(seed, directory, keep=keep)
         if at is not None:
             world.faults.crashes.setdefault(at, []).insert(0, 1)
+        if world.ageing.ends:
+            defaults = cast(Any, RemoteStore.__init__).__kwdefaults__
+            stack.enter_context(patch.dict(defaults, pace=QUICK))
         stack.enter_context(patch("hpkvd.log.Complaints.complain", world.complain))
         failure = ""
         try:
@@ -202,7 +206,8 @@ class World:
             with vault_trouble() as trouble:
                 lived = await self.machine.use(self._life)
                 self.note("ended" if lived else "died", f"power={self.machine.power}")
-            self.ageing.between_lives(self._ageing_chance, self._turn)
+            if not self.finished:
+                self.ageing.between_lives(self._ageing_chance, self._turn)
             while self.server.alive and self.server.listed < self.server.epochs:
                 await trio.sleep(0.01)
             if trouble:
