@@ -64,7 +64,7 @@ _NAMES: dict[str, Any] = {
     "hpkvfs.fs.redolog.os": as_os(),
 }
 _CHEAP: dict[str, Any] = {
-    "hpkvfs.net.teller.prepare": money.prepare,
+    "hpkvfs.net.proving.prepare": money.prepare,
     "hpkvd.handler.parse": money.parse,
     f"{Issuer.__module__}.Issuer.verify": money.verify,
     f"{Issuer.__module__}.Issuer.issue": money.issue,
