@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from tests.simulation.points import Point, Side
@@ -162,6 +163,10 @@ class DiskOs:
         disk, file = self._file(fd)
         if disk.alive:
             del file.data[size:]
+
+    def fstat(self, fd: int) -> SimpleNamespace:
+        """Its size."""
+        return SimpleNamespace(st_size=len(self._file(fd)[1].data))
 
     def fdatasync(self, fd: int) -> None:
         """Make a file's bytes durable; nothing happens when the process is dead."""
