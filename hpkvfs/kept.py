@@ -3,6 +3,8 @@
     known           the newest known generation: reference and anchor
     covered         up to which redo log file another client's generation has our changes in it; an
                     anchor says so only of its own writer's log
+    left            the last generation before another client's were gone on from, until one of ours
+                    is published: what receipts tell was stored above its ids is in none
     kept/N          the generation upon which the changes in the directory kept.N were made
 
 A copy of changes is made when another client's generation is taken over and they do not fit it:
@@ -26,6 +28,7 @@ from hpkvfs.volume.volume import Known
 from hpkvfs.wallet.journal import KNOWN, Journal
 
 _COVERED: Final = "covered"
+_LEFT: Final = "left"
 
 
 def save_known(journal: Journal, newest: Known) -> None:
@@ -48,6 +51,24 @@ def covered(journal: Journal, newest: Known) -> int:
         if generation is not None and generation.ref == newest.ref:
             return number
     return newest.anchor.redo
+
+
+def leave(journal: Journal, last: Known) -> None:
+    """Put into the journal's batch that another client's generation takes this one's place."""
+    if not journal.meta(_LEFT):
+        journal.put_meta(_LEFT, _encode(last))
+
+
+def come_back(journal: Journal) -> None:
+    """Put into the journal's batch that a generation of ours is the newest."""
+    if journal.meta(_LEFT):
+        journal.put_meta(_LEFT, b"")
+
+
+def left(journal: Journal) -> Known | None:
+    """The generation that was left, if none of ours was published since."""
+    row = journal.meta(_LEFT)
+    return _decode(row)[0] if row else None
 
 
 def rest_on(journal: Journal, newest: Known, number: int) -> None:

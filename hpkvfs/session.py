@@ -56,7 +56,7 @@ from hpkvfs.types import (
     anchor_id,
 )
 from hpkvfs.volume import fsck
-from hpkvfs.volume.anchor import Anchor, find_newest
+from hpkvfs.volume.anchor import Anchor, find_newest, heralds
 from hpkvfs.volume.blob import Sealer
 from hpkvfs.volume.gc import CHUNKS, LEAST_CHUNK, Collected, collect, read_list
 from hpkvfs.volume.items import Clock, NameHash
@@ -290,6 +290,7 @@ class Session:
     def settle(self, mark: int) -> None:
         """Forget receipts that the known generation accounts for."""
         self.store.forget_receipts(mark)
+        kept.come_back(self._journal)
 
     # -- notes ---------------------------------------------------------------------------
 
@@ -342,6 +343,7 @@ class Session:
         newest = await self._search(known.anchor.generation)
         if newest.ref == known.ref:
             return False
+        kept.leave(self._journal, known)
         self.volume.known = newest
         self._start_from_known()
         await self.save_known(newest)
@@ -421,18 +423,19 @@ class Session:
 
     async def _look_for_newer(self, known: Known) -> None:
         generation = known.anchor.generation
-        found = await self._find_anchors(generation, Generation(generation + 1))
-        here, newer = found.get(generation), found.get(Generation(generation + 1))
-        if newer is None and here is not None and here.ref != known.ref:
+        found = await self._find_anchors(generation, *heralds(generation))
+        here, next_one = found.pop(generation, None), found.get(Generation(generation + 1))
+        if not found and here is not None and here.ref != known.ref:
             raise CorruptBlob(
                 f"the server has another generation {generation} than the one it confirmed before",
                 "it was rolled back, or it lies; what is cached here can still be read",
             )
-        if newer is None and here is None:
-            # rolled back, or another client went so far that these two are collected by now
+        if next_one is not None and next_one.anchor.writer == self.writer:
+            await self._take_over(next_one, known.anchor.size, known.anchor.files)
+            if len(found) > 1:  # and another client went on from it
+                await self._look_for_newer(next_one)
+        elif found or here is None:  # here is None: collected, or the server was rolled back
             await self._follow(known)
-        elif newer is not None:
-            await self._adopt(known, newer)
 
     async def _find_anchors(self, *generations: Generation) -> dict[Generation, Known]:
         """Look up several anchors at a time; the first failure of them, bare."""
@@ -445,13 +448,6 @@ class Session:
 
         await each(generations, look, len(generations))
         return found
-
-    async def _adopt(self, known: Known, newer: Known) -> None:
-        """Take over a generation after ours: one of ours that a crash kept us from noting."""
-        if newer.anchor.writer != self.writer:
-            await self._follow(known)
-        else:
-            await self._take_over(newer, known.anchor.size, known.anchor.files)
 
     async def _follow(self, known: Known) -> None:
         """Take over the newest generation of another client; SecondWriter if that loses changes."""
@@ -490,6 +486,7 @@ class Session:
         if not fits:
             with _disk_trouble():
                 number = kept.put_aside(self._state, self._journal, known, self._covered)
+        kept.leave(self._journal, known)
         self.volume.known = newest
         if fits:
             kept.rest_on(self._journal, newest, self._covered)
@@ -510,14 +507,17 @@ class Session:
         self._fs.start(anchor.next_ino, anchor.size, anchor.files, self._covered)
 
     async def _take_over(self, newer: Known, size: int, files: int) -> None:
-        """A generation of ours is there: what it holds is no longer only in the layers."""
+        """Note a generation of ours, which a crash kept us from.
+
+        What it holds is no longer only in the layers.
+        """
         self._fs.rebase(newer.anchor.size - size, newer.anchor.files - files)
         self.volume.known = newer
         await self.save_known(newer)
 
     def _absorb(self, receipts: list[Receipt]) -> None:
         """Learn from what was stored and deleted since the known generation was published."""
-        first = self.volume.known.anchor.next_id if self.volume.known else BlobId(0)
+        first = self._first_unaccounted(receipts)
         used = first
         for receipt in receipts:
             ref = BlobRef.decode(receipt.memo)
@@ -527,6 +527,20 @@ class Session:
                 self.publisher.orphans.add(ref)
                 used = max(used, BlobId(ref.id + 1))
         self.publisher.next_id = max(self.publisher.next_id, used)
+
+    def _first_unaccounted(self, receipts: list[Receipt]) -> BlobId:
+        """Above which ids what we stored is in no generation.
+
+        That is above those of the one that was left for another client's, unless an anchor of ours
+        was stored after it: then it may be in what the other client went on from.
+        """
+        left = kept.left(self._journal)
+        if left is not None:
+            next_anchor = anchor_id(Generation(left.anchor.generation + 1))
+            refs = [BlobRef.decode(receipt.memo) for receipt in receipts]
+            if not any(ref.id >= next_anchor for ref in refs):
+                return left.anchor.next_id
+        return self.volume.known.anchor.next_id if self.volume.known else BlobId(0)
 
     # -- running -------------------------------------------------------------------------
 

@@ -18,9 +18,10 @@ import trio
 from hpkvfs.errors import KeyExists, SecondWriter, StoreError, VaultError
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.view import View
-from hpkvfs.parallel import IN_ORDER, Scatter
-from hpkvfs.types import ANCHOR_BIT, BlobId, BlobRef
+from hpkvfs.parallel import IN_ORDER, Scatter, each
+from hpkvfs.types import ANCHOR_BIT, BlobId, BlobRef, Generation
 from hpkvfs.volume import gc
+from hpkvfs.volume.anchor import heralds
 from hpkvfs.volume.commit import Base, Insert, Load, Rewrite, Sealed, Step, Steps, publish
 from hpkvfs.volume.deadlist import DeadList
 from hpkvfs.volume.items import Clock
@@ -224,6 +225,7 @@ class Publisher:
             # Or a power failure could leave a local log that is behind what is published, whose
             # replay would undo some of it.
             await self._records.sync_log()
+            await self._refuse_if_behind()
 
         async def store(sealed: Sealed) -> None:
             await self._store_one(sealed)
@@ -231,6 +233,20 @@ class Publisher:
             progress(total - unstored + len(attempt.stored), total)
 
         await self._scatter.each(todo, store, INSERTS_AT_ONCE)
+
+    async def _refuse_if_behind(self) -> None:
+        """SecondWriter when another client went on so far that the next anchor's key is free again.
+
+        The server refuses a second anchor only for as long as it has the first one.
+        """
+        known = self._volume.known
+
+        async def look(generation: Generation) -> None:
+            if await self._volume.find_anchor(generation) is not None:
+                raise _overtaken()
+
+        later = heralds(known.anchor.generation if known else None)[1:]
+        await each(later, look, len(later))
 
     async def _store_one(self, sealed: Sealed) -> None:
         ref, store = sealed.ref, self._volume.store
@@ -242,11 +258,7 @@ class Publisher:
             found = await store.look_up(public)
             if found is None or hashlib.sha256(found).digest() != ref.digest:
                 if ref.id & ANCHOR_BIT:
-                    raise SecondWriter(
-                        "another client has written to this vault",
-                        "what was written here and not published is kept; to go on from the"
-                        " other's state: unmount, then hpkvfs mount --takeover DIR",
-                    ) from None
+                    raise _overtaken() from None
                 raise
         self._volume.remember(ref, sealed.opened, sealed.node)
 
@@ -264,3 +276,11 @@ class Publisher:
         self._attempt = None
         self._records.settle(attempt.mark)
         log.info("generation %d published", known.anchor.generation)
+
+
+def _overtaken() -> SecondWriter:
+    return SecondWriter(
+        "another client has written to this vault",
+        "what was written here and not published is kept; to go on from the other's state:"
+        " unmount, then hpkvfs mount --takeover DIR",
+    )

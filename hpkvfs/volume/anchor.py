@@ -166,6 +166,20 @@ def successors(previous: Anchor, ref: BlobRef) -> tuple[tuple[BlobRef, ...], lis
     return kept, [old for old in stored if old.id not in stay]
 
 
+def heralds(generation: Generation | None) -> list[Generation]:
+    """Generations of which at least one has an anchor if there is any after this one.
+
+    The next one alone does not tell, since it may be collected by now. But of a newer n, that with
+    its low bits cleared below the highest bit in which the two differ is kept. Ascending, the next
+    one first; about log2(generation) / 2 + 2 of them.
+    """
+    here = -1 if generation is None else generation
+    if here < 0:
+        return [Generation(0), Generation(1)]
+    places = [place for place in range(here.bit_length() + 1) if not here >> place & 1]
+    return [Generation((here >> place | 1) << place) for place in places]
+
+
 def find_newest(floor: Generation | None = None) -> Search:
     """Search for the newest generation n: yields a round of generations to look up, in parallel
     or not, and is sent those that exist. Returns n, or None when there is none at all.

@@ -105,7 +105,8 @@ class Machine(Side):
         self._chance = chance
         directory.mkdir()
         wallet, cache = directory / "wallet", directory / "cache"
-        self._state = State(Place(self.disk), wallet, cache, is_new)
+        self.state = State(Place(self.disk), wallet, cache, is_new)
+        self.options = Options(cache_bytes=CACHE_BYTES)
         self.nursery: trio.Nursery
         self.dialer: Dialer
         self.started = False
@@ -140,10 +141,10 @@ class Machine(Side):
     async def _session(self, work: Callable[[Session], Awaitable[None]]) -> None:
         async with (
             open_session(
-                cast(StateDirectory, self._state),
+                cast(StateDirectory, self.state),
                 self._keys,
                 self.dialer,
-                Options(cache_bytes=CACHE_BYTES),
+                self.options,
                 clock=_clock,
                 rng=self.rng,
             ) as session,
@@ -159,7 +160,11 @@ class Machine(Side):
             self.power = True
             self.disk.lose_power()
             if self._chance.random() < 0.5:
-                self._state.cache.unlink(missing_ok=True)
+                self.forget_cache()
+
+    def forget_cache(self) -> None:
+        """What is read next comes from the server."""
+        self.state.cache.unlink(missing_ok=True)
 
 
 def _clock() -> int:

@@ -27,12 +27,16 @@ class File:
 
 
 class Disk:
-    """One flat directory of files."""
+    """A directory of files, and directories below it whose names hold the whole path.
+
+    Syncing one directory syncs the names in all of them; a directory itself is never lost.
+    """
 
     def __init__(self, side: Side, chance: random.Random) -> None:
         self._side = side
         self._chance = chance
         self.files: dict[str, File] = {}
+        self.directories: set[str] = set()
         self._named: dict[str, File] = {}
 
     def check(self, point: Point) -> None:
@@ -92,24 +96,41 @@ class Disk:
 
 @dataclass(frozen=True)
 class Place:
-    """As much of a pathlib.Path as a redo log uses."""
+    """As much of a pathlib.Path as a redo log, or a copy of one, uses."""
 
     disk: Disk
-    name: str = ""
+    path: str = ""
 
     def __truediv__(self, name: str) -> Place:
-        return Place(self.disk, name)
+        return Place(self.disk, f"{self.path}/{name}" if self.path else name)
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return "." + self.name.rpartition(".")[2]
+
+    def mkdir(self, mode: int, exist_ok: bool) -> None:
+        self.disk.directories.add(self.path)
+
+    def iterdir(self) -> Iterator[Place]:
+        inside = f"{self.path}/" if self.path else ""
+        names = sorted(self.disk.directories | self.disk.files.keys())
+        below = [name.removeprefix(inside) for name in names if name.startswith(inside)]
+        return iter([self / name for name in below if name and "/" not in name])
 
     def glob(self, pattern: str) -> Iterator[Place]:
         prefix = pattern.removesuffix("*")
-        return iter([Place(self.disk, name) for name in self.disk.files if name.startswith(prefix)])
+        return iter([one for one in self.iterdir() if one.name.startswith(prefix)])
 
     def read_bytes(self) -> bytes:
-        return bytes(self.disk.files[self.name].data)
+        return bytes(self.disk.files[self.path].data)
 
     def unlink(self, missing_ok: bool = False) -> None:
         self.disk.check(Point.REDO_KEPT)
-        self.disk.files.pop(self.name, None)
+        self.disk.files.pop(self.path, None)
         self.disk.check(Point.REDO_DROPPED)
 
 
@@ -128,17 +149,25 @@ class DiskOs:
     def open(self, path: Place, flags: int, mode: int = 0o777) -> int:
         """Make a file, or open one that is there, or the directory."""
         disk, file = path.disk, None
-        if path.name and not flags & os.O_CREAT:
-            file = disk.files[path.name]
-        elif path.name:
+        is_directory = not path.path or path.path in disk.directories
+        if not is_directory and not flags & os.O_CREAT:
+            file = disk.files[path.path]
+        elif not is_directory:
             disk._side.check()
-            if path.name in disk.files:
-                raise FileExistsError(errno.EEXIST, path.name)
+            if path.path in disk.files:
+                raise FileExistsError(errno.EEXIST, path.path)
             if disk.full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            file = disk.files[path.name] = File()
+            file = disk.files[path.path] = File()
             disk.check(Point.REDO_CREATED)
         return self._give(disk, file)
+
+    def link(self, old: Place, new: Place) -> None:
+        """Another name of a file."""
+        old.disk._side.check()
+        if old.disk.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        old.disk.files[new.path] = old.disk.files[old.path]
 
     def write(self, fd: int, data: bytes) -> int:
         """Append; half of it when the disk is full."""

@@ -48,10 +48,11 @@ def _mutation(make: Callable[[], list[Replacement]]) -> Callable[[], list[Replac
 
 
 @contextmanager
-def planted(name: str | None) -> Iterator[None]:
-    """The code with this mutation; None leaves it as it is."""
+def planted(mutation: str | Callable[[], list[Replacement]] | None) -> Iterator[None]:
+    """The code with this mutation, of here by its name; None leaves it as it is."""
+    make = MUTATIONS[mutation] if isinstance(mutation, str) else mutation
     with ExitStack() as stack:
-        for owner, attribute, value in MUTATIONS[name]() if name else ():
+        for owner, attribute, value in make() if make else ():
             stack.enter_context(patch.object(owner, attribute, value))
         yield
 

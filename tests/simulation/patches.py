@@ -3,7 +3,7 @@
     trio's order of tasks        its generator is seeded, its batches sorted before they shuffle
     trio.to_thread.run_sync      inline, after a simulated pause
     the journal's writer thread  a task (client.SimulatedJournal)
-    the redo log's module os     a disk in memory (disk.DiskOs)
+    the module os of redo log and kept copies  a disk in memory (disk.DiskOs)
     credentials                  cheap ones, unless `real`
     calls at a time              2, 4 or 16, so that many seeds have short lives
     insert, delete, save_known   pass the points of publication and collection
@@ -59,9 +59,11 @@ def simulated(seed: str, *, real: bool) -> Iterator[None]:
         yield
 
 
+_OS = as_os()
 _NAMES: dict[str, Any] = {
     "hpkvfs.session.Journal": SimulatedJournal,
-    "hpkvfs.fs.redolog.os": as_os(),
+    "hpkvfs.fs.redolog.os": _OS,
+    "hpkvfs.kept.os": _OS,
 }
 _CHEAP: dict[str, Any] = {
     "hpkvfs.net.proving.prepare": money.prepare,

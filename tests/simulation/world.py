@@ -8,7 +8,7 @@ import random
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +30,12 @@ from hpkvfs.errors import (
 from hpkvfs.net.refusals import NoRoom, VoucherSpent
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.session import Session
+from hpkvfs.types import BlobId
 from hpkvfs.volume.keys import VaultKeys
 from tests.fs.play import START, Step, Tree, play, random_step, tree
 from tests.simulation.client import Machine, vault_trouble
 from tests.simulation.epochs import GAP, QUICK, Ageing, check_books
-from tests.simulation.mutations import planted
+from tests.simulation.mutations import Replacement, planted
 from tests.simulation.network import FINE, Network, Weather
 from tests.simulation.oracle import Story, Watcher
 from tests.simulation.patches import simulated
@@ -78,20 +79,21 @@ def run(
     *,
     real: bool = False,
     keep: bool = False,
-    mutation: str | None = None,
+    mutation: str | Callable[[], list[Replacement]] | None = None,
     at: Point | None = None,
+    plays: Callable[..., World] | None = None,
 ) -> Outcome:
     """Play one seed.
 
     `real`: with real credentials; `keep`: its trace in `lines`; `mutation`: with a planted bug;
-    `at`: with one death more, at this point.
+    `at`: with one death more, at this point; `plays`: another kind of World.
     """
     with ExitStack() as stack:
         shm = str(SHM) if SHM.is_dir() else None
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory("-sim", dir=shm)))
         stack.enter_context(simulated(str(seed), real=real))
         stack.enter_context(planted(mutation))
-        world = World(seed, directory, keep=keep)
+        world = (plays or World)(seed, directory, keep=keep)
         if at is not None:
             world.faults.crashes.setdefault(at, []).insert(0, 1)
         if world.ageing.ends:
@@ -374,10 +376,7 @@ class World:
             await session.gc()
             report = await session.fsck(extents=True)
             assert report.problems == [], report.problems
-            keys = {self._keys.signer(blob_id).public for blob_id in report.stored}
-            lost, leaked = len(keys - self.server.keys()), len(self.server.keys() - keys)
-            assert not lost, f"{lost} blobs are lost"
-            assert not leaked, f"{leaked} blobs are stored and not accounted for"
+            self._check_blobs(report.stored)
             await trio.sleep(60)
             self.gone = self._check_books(session)
             self.held = session.store.balance.total
@@ -392,6 +391,12 @@ class World:
                 self.note("failed", error)
                 await self._redeem_one(call.__self__, self.plenty)
         raise AssertionError("no connection in calm")
+
+    def _check_blobs(self, stored: Iterable[BlobId]) -> None:
+        keys = {self._keys.signer(blob_id).public for blob_id in stored}
+        lost, leaked = len(keys - self.server.keys()), len(self.server.keys() - keys)
+        assert not lost, f"{lost} blobs are lost"
+        assert not leaked, f"{leaked} blobs are stored and not accounted for"
 
     def _check_books(self, session: Session) -> int:
         totals = self.server.totals()

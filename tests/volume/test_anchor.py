@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hpkvfs.errors import CorruptBlob, NewerFormat, VaultError
 from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, Generation, anchor_id
-from hpkvfs.volume.anchor import Anchor, find_newest, kept_generations, successors
+from hpkvfs.volume.anchor import Anchor, find_newest, heralds, kept_generations, successors
 from hpkvfs.volume.deadlist import (
     INLINE_ENTRIES,
     INLINE_HELD,
@@ -203,3 +203,13 @@ def _all(dead: DeadList, pages: dict[BlobRef, bytes]) -> list[Dead]:
 def test_a_page_of_another_level_is_refused() -> None:
     with pytest.raises(CorruptBlob):
         read_page(bytes(PAYLOAD_SIZE), 1)
+
+
+@given(st.integers(-1, 70_000), st.integers(0, 70_000))
+def test_any_newer_generation_is_heralded_and_no_older_one(here: int, newest: int) -> None:
+    """Whatever was collected meanwhile; the next generation alone would not tell."""
+    generation = None if here < 0 else Generation(here)
+    asked = heralds(generation)
+    assert asked[0] == here + 1 and sorted(asked) == asked
+    assert len(asked) <= here.bit_length() + 2
+    assert any(one in kept_generations(Generation(newest)) for one in asked) == (newest > here)
