@@ -211,10 +211,6 @@ class DiskOs:
         if disk.alive:
             disk.sync_names()
 
-    def fstat(self, fd: int) -> SimpleNamespace:
-        """How large a file is."""
-        return SimpleNamespace(st_size=len(self._file(fd)[1].data))
-
     def dup(self, fd: int) -> int:
         """Another descriptor of the same file."""
         return self._give(*self._open[fd])

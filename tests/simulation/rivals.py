@@ -28,6 +28,7 @@ from hpkvfs.wallet.wallet import Conservation
 from tests.fs.model import Model
 from tests.fs.play import START, Step, Tree, play, play_on_model, random_step, tree
 from tests.simulation.client import CACHE_BYTES, Machine
+from tests.simulation.epochs import Ageing
 from tests.simulation.oracle import Story
 from tests.simulation.world import World
 
@@ -76,6 +77,7 @@ class Rivals(World):
 
     def __init__(self, seed: int, directory: Path, *, keep: bool) -> None:
         super().__init__(seed, directory, keep=keep)
+        self.ageing = Ageing()  # epochs do not end under it
         chance = random.Random(f"{seed}/reader")
         reader = self._machine("reader", chance, is_new=False)
         vouchers = [self.server.voucher(TOKENS) for _ in range(3)]
