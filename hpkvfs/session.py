@@ -228,7 +228,7 @@ class Session:
         Adding up the wallet for each operation would cost more than most operations: what was
         free then is taken to be free until a quarter of it may have been used.
         """
-        dirty = self._fs.totals().dirty
+        dirty = self._fs.dirty
         if dirty + size <= self._roomy_until and time.monotonic() < self._roomy_since + 1.0:
             return
         free = self._affordable() - self._needed(dirty + size)

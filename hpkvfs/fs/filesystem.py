@@ -258,13 +258,22 @@ class Filesystem:
 
     def totals(self) -> Totals:
         """Sums over the whole filesystem, unpublished changes included."""
-        layers = [self.active, self.frozen or Layer()]
+        layers = self._layers
         size, files = self._base
         return Totals(
             size + sum(layer.usage_bytes for layer in layers),
             files + sum(layer.usage_files for layer in layers),
-            sum(layer.weight for layer in layers),
+            self.dirty,
         )
+
+    @property
+    def dirty(self) -> int:
+        """Bytes that publishing what is not published will cost, about."""
+        return self.active.weight + (self.frozen.weight if self.frozen is not None else 0)
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return [self.active] if self.frozen is None else [self.active, self.frozen]
 
     @property
     def backlog(self) -> int:
@@ -273,8 +282,7 @@ class Filesystem:
         The log has more when the same thing is changed again and again; memory has when a few
         bytes here and there make many blocks.
         """
-        frozen = 0 if self.frozen is None else self.frozen.weight
-        return max(self.active.weight + frozen, self._log.size)
+        return max(self.dirty, self._log.size)
 
     @property
     def view(self) -> View:
@@ -827,8 +835,7 @@ class Filesystem:
                 self.next_ino = ino + 1
 
     def _restack(self) -> None:
-        layers = [self.active] if self.frozen is None else [self.active, self.frozen]
-        self._view = View(layers, self._below)
+        self._view = View(self._layers, self._below)
 
 
 def _inode_of(effect: Effect) -> int:
