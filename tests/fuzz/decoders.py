@@ -30,6 +30,7 @@ from hpkvfs.cache import BlobCache
 from hpkvfs.errors import CorruptBlob, HpkvError, NewerFormat, UserError, VaultError
 from hpkvfs.fs.layer import Gone, Put, Usage, Write
 from hpkvfs.fs.redolog import RedoLog
+from hpkvfs.net.purchases import Purchase
 from hpkvfs.protocol import codec
 from hpkvfs.protocol.credential import Credential, Draft, Issuer, IssuerParameters, parse, prepare
 from hpkvfs.protocol.ecash import Token
@@ -227,6 +228,14 @@ def _wire() -> dict[str, Decoder]:
             tuple(_inside(text) for text in _tokens()),
             lambda raw: Token.decode(f"cashu{'A' if raw[:1] == b'{' else 'B'}{_outside(raw)}"),
             (Malformed,),
+        ),
+        "purchases": Decoder(
+            (Purchase(Method.LIGHTNING, bytes(20), 7).encode(),),
+            Purchase.decode,
+            (Malformed,),
+            lambda one: one.encode(),
+            _same,
+            _same,
         ),
         "cashu orders": Decoder(
             (Order("https://mint", "00ad", 99, bytes(32), "cashuB").encode(),),
