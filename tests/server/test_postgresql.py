@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+import trio
 
 from hpkvd.ledger import LedgerBusy, LedgerError, postgresql
 from hpkvd.ledger.postgresql import PostgresqlLedger
@@ -157,7 +161,7 @@ def test_a_ledger_is_made_once_and_known_by_its_schema(url: str) -> None:
 def test_a_ledger_of_before_payments_is_given_their_tables(url: str) -> None:
     create(url)
     with psycopg.connect(url) as connection:
-        for table in ("sale", "taking", "sold"):
+        for table in ("sale", "taking", "sold", "newest"):
             connection.execute(f"DROP TABLE {table}".encode())
         connection.execute("UPDATE hpkvd SET version = 4")
     for _ in range(2):
@@ -192,3 +196,44 @@ def test_the_password_is_in_no_command_line_and_no_log(data: Path, url: str) -> 
         listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
         assert PASSWORD not in listed.stdout
         assert PASSWORD not in server.stop()[1]
+
+
+async def test_a_connection_has_one_thread_at_a_time_also_while_an_epoch_is_retired(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever shares one may be cut off in its middle, or read another's answer."""
+    create(url)
+    held: dict[object, threading.Lock] = {}
+    shared: list[object] = []
+    run = postgresql._Session.run
+
+    def watched(session: postgresql._Session, work: Callable[[Any], Any]) -> Any:
+        lock = held.setdefault(session, threading.Lock())
+        if not lock.acquire(blocking=False):
+            shared.append(session)
+            return run(session, work)
+        try:
+            time.sleep(0.01)  # long enough to be come upon
+            return run(session, work)
+        finally:
+            lock.release()
+
+    async with opened(url) as ledger:
+        await fund(ledger)
+        monkeypatch.setattr(postgresql._Session, "run", watched)
+
+        async def read() -> None:
+            while not done.cancel_called:
+                assert await ledger.read(insert("x").key) is None
+
+        with trio.CancelScope() as done:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                for oldest in range(2, 12):
+                    await ledger.retire(oldest)
+                    assert ledger.oldest_epoch == oldest
+                done.cancel()
+        with trio.fail_after(10):
+            while ledger.totals().requests:
+                await trio.sleep(0.01)
+    assert len(held) == 2 and not shared

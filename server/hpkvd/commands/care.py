@@ -58,7 +58,7 @@ class _Progress:
 @json_option
 @failures
 def check(data: Path, ledger: str | None, quick: bool, as_json: bool) -> None:
-    """Check the books against the requests, and every blob against its digest.
+    """Check the books against requests, vouchers and payments, and every blob against its digest.
 
     Also while a server runs: what is looked at is of one moment. Ends with 65 if something is
     wrong.

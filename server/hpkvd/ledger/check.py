@@ -1,4 +1,4 @@
-"""Whether a ledger is what it says: books against requests, blobs against digests.
+"""Whether a ledger is what it says: books against requests and vouchers, blobs against digests.
 
 Everything is looked at in one snapshot, also while a server writes.
 """
@@ -20,6 +20,7 @@ def problems(rows: Rows, *, blobs: bool, progress: Progress) -> Iterator[str]:
     with rows.snapshot():
         yield from _books(rows)
         yield from _orphans(rows)
+        yield from _payments(rows)
         if blobs:
             yield from _digests(rows, progress)
 
@@ -38,6 +39,7 @@ def _books(rows: Rows) -> Iterator[str]:
         if actual != told:
             yield f"the books have {told:,} {name}s and the table has {actual:,}"
     yield from _sums(rows, issued, charged, refunded)
+    yield from _redeemed(rows, issued)
 
 
 def _sums(rows: Rows, issued: int, charged: int, refunded: int) -> Iterator[str]:
@@ -53,6 +55,13 @@ def _sums(rows: Rows, issued: int, charged: int, refunded: int) -> Iterator[str]
         actual = sign * int(total)
         if actual > told or (actual < told and not _swept(rows)):
             yield f"the books have {told:,} tokens {name} and the requests add up to {actual:,}"
+
+
+def _redeemed(rows: Rows, issued: int) -> Iterator[str]:
+    """Vouchers stay, spent or not: what was issued is what those that are spent were worth."""
+    (redeemed,) = rows.one("SELECT coalesce(sum(amount), 0) FROM voucher WHERE spent <> 0")
+    if int(redeemed) != issued:
+        yield f"the books have {issued:,} tokens issued and vouchers of {int(redeemed):,} are spent"
 
 
 def _swept(rows: Rows) -> bool:
@@ -75,6 +84,44 @@ def _orphans(rows: Rows) -> Iterator[str]:
     )
     if odd:
         yield f"{odd:,} requests have another number of serials than two"
+
+
+def _payments(rows: Rows) -> Iterator[str]:
+    """A sale ends in the transaction that makes its voucher and counts what it brought (till.py).
+
+    A node keeps the money of its invoices, a mint that makes them does not: so takings are worth
+    at least what was sold for ecash, and at most what was sold.
+    """
+    (odd,) = rows.one(
+        "SELECT count(*) FROM sale WHERE EXISTS"
+        " (SELECT 1 FROM voucher WHERE voucher.digest = sale.voucher)"
+    )
+    if odd:
+        yield f"{odd:,} sales are unsettled whose vouchers are there already"
+    tokens, least, most = map(
+        int,
+        rows.one(
+            "SELECT cashu_tokens + lightning_tokens, cashu_sats, cashu_sats + lightning_sats"
+            " FROM sold"
+        ),
+    )
+    vouchers, takings = (
+        int(rows.one(f"SELECT coalesce(sum({column}), 0) FROM {table}")[0])
+        for column, table in (("amount", "voucher"), ("sats", "taking"))
+    )
+    if tokens > vouchers:
+        yield f"{tokens:,} tokens were paid for and all vouchers add up to {vouchers:,}"
+    if not least <= takings <= most:
+        yield (
+            f"{takings:,} sat of ecash came in, and payments of {least:,} to {most:,} sat"
+            " should have brought them"
+        )
+    tables = every(rows, _BY_NAME["taking"])
+    damaged = sum(
+        hashlib.sha256(token).digest() != digest for chunk in tables for digest, *_, token in chunk
+    )
+    if damaged:
+        yield f"{damaged:,} tokens of ecash are damaged: their SHA-256 is another than was stored"
 
 
 def _digests(rows: Rows, progress: Progress) -> Iterator[str]:

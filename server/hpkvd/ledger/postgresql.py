@@ -700,7 +700,6 @@ class PostgresqlLedger:
     async def retire(self, oldest: int) -> None:
         """No epoch below this one is presented any more, durably; what is kept of them goes."""
         await self._writing.submit(Retire(oldest))
-        await trio.to_thread.run_sync(self._reader.run, self._sweep.refresh)
 
     @property
     def oldest_epoch(self) -> int:
@@ -736,10 +735,13 @@ class PostgresqlLedger:
 
     async def _perform(self, jobs: Sequence[Job]) -> Sequence[Result]:
         try:
-            results = await trio.to_thread.run_sync(self._writer.run, lambda c: _write(c, jobs))
+            results, oldest = await trio.to_thread.run_sync(
+                self._writer.run, lambda connection: _write(connection, jobs)
+            )
         except LedgerError as error:
             self._complaints.complain(f"requests are refused, nothing is lost: {error}")
             raise
+        self._sweep.learn(oldest)  # here, where no step of it is under way
         await self._sweep_some()
         return results
 
@@ -767,14 +769,15 @@ class PostgresqlLedger:
         return room
 
 
-def _write(connection: Connection, jobs: Sequence[Job]) -> Sequence[Result]:
+def _write(connection: Connection, jobs: Sequence[Job]) -> tuple[Sequence[Result], int]:
+    """The results, and the oldest epoch that can be presented then."""
     needs, sheet, posting = _Needs(), _Sheet(), Posting()
     for job in jobs:
         needs.job(job)
     sheet.fetch(connection, needs, lock=True)
     results = [rules.perform(sheet, job, posting) for job in jobs]
     sheet.write(connection, posting)
-    return results
+    return results, sheet.oldest_epoch
 
 
 def _grows(question: _Question) -> bool:

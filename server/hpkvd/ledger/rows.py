@@ -192,6 +192,7 @@ def compare(source: Rows, target: Rows) -> None:
         "SELECT coalesce(sum(delta), 0), coalesce(sum(epoch), 0) FROM request",
         "SELECT coalesce(sum(amount), 0), coalesce(sum(spent), 0) FROM voucher",
         "SELECT coalesce(sum(sats), 0), coalesce(sum(taken), 0) FROM taking",
+        "SELECT coalesce(sum(tokens), 0), coalesce(sum(sats), 0), coalesce(sum(due), 0) FROM sale",
     )
     queries = [f"SELECT count(*) FROM {table.name}" for table in TABLES]
     queries += [*sums, *(f"SELECT {', '.join(t.columns)} FROM {t.name}" for t in SINGLE)]

@@ -94,6 +94,11 @@ class Sweep:
             self._execute(connection, "UPDATE ended SET oldest = ?", oldest)
             self.oldest, self._table, self._after = oldest, 0, b""
 
+    def learn(self, oldest: int) -> None:
+        """A committed batch saw this; needs no transaction, but none of ours may be under way."""
+        if oldest > self.oldest:
+            self.oldest, self._table, self._after = oldest, 0, b""
+
     def step(self, connection: Connection, rows: int) -> Swept:
         """Look at so many rows and drop those of ended epochs."""
         table = _TABLES[self._table]
