@@ -73,8 +73,9 @@ stop_seconds = {stop_seconds}       # for the last answers when the server is st
 tokens_per_ksat = {payments_tokens_per_ksat}   # what 1,000 sat buy
 least = {payments_least}               # tokens at a time
 most = {payments_most}
-open = {payments_open}              # payments begun and not settled; more are refused
+open = {payments_open}              # payments not settled at a time; a quarter for ecash alone
 socks = "{payments_socks}"  # tor's SOCKS port, for mints and nodes with .onion addresses
+socks_always = {payments_socks_always}     # true: for all mints and nodes but those on this machine
 
 # Mints whose ecash is taken: you hold it until you take it out (`hpkvd takings`).
 [cashu]

@@ -95,6 +95,7 @@ class Prices:
     most: int = 1_000_000
     open: int = 10_000
     socks: str = "127.0.0.1:9050"
+    socks_always: bool = False
 
     def offer(self, method: Method, places: tuple[str, ...] = ()) -> Offer:
         """These prices, as a method offers them."""
@@ -117,4 +118,4 @@ class Node:
     url: str = ""
     secret_file: str = ""
     ca_file: str = ""
-    expiry: int = 3_600
+    expiry: int = 900

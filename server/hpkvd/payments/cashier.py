@@ -5,7 +5,10 @@
 
 A sale is begun by one request and may be gone on with by any: the client's next one, on this
 worker or another, or `settle_due` by the hour. How many are at work at a time is bounded, and so
-is how many are unsettled, since beginning one is free.
+is how many are unsettled, since beginning one by Lightning is free. When there are that many, a
+new one asks about some of the oldest first: one that was paid is settled, one whose invoice
+expired unpaid is given up, and no other ever makes room. Ecash, which is not free, has places
+that invoices cannot fill.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ from hpkvfs.protocol.messages import (
 AT_WORK: Final = 16
 RETRY_AFTER: Final = 2
 ABANDON_HOURS: Final = 24
+GRACE_HOURS: Final = 1  # for a payment on its way when its invoice expired
+ROOM_TRIES: Final = 4
 SECONDS_PER_HOUR: Final = 3_600
 
 Rng = Callable[[int], bytes]
@@ -64,6 +69,7 @@ class Cashier:
         self._clock = clock
         self._most_open = most_open
         self._working: set[bytes] = set()
+        self._makes_room = False
         self._complaints = Complaints()
 
     @property
@@ -111,14 +117,33 @@ class Cashier:
         return Payment(True, sale.tokens)
 
     async def _begin(self, request: PayRequest, method: Payable) -> Sale | Paid:
-        if await self._ledger.open_sales() >= self._most_open:
-            raise Refuse(Reason.FULL)
+        if not await self._has_room(request.method):
+            await self._make_room()
+            if not await self._has_room(request.method):
+                raise Refuse(Reason.FULL)
         plan = await method.plan(request.amount, request.proof)
         due = self._hour + plan.seconds // SECONDS_PER_HOUR + 1
         sale = Sale(request.voucher, request.method, plan.tokens, plan.sats, due, plan.data)
         kept = await self._ledger.account(Begin(sale))
         assert kept is not None
         return kept
+
+    async def _has_room(self, method: Method) -> bool:
+        """A quarter is for ecash alone."""
+        kept = 0 if method is Method.CASHU else self._most_open // 4
+        return await self._ledger.open_sales() < self._most_open - kept
+
+    async def _make_room(self) -> None:
+        """Ask about a few of those due longest: when full, their hour is not waited for."""
+        if self._makes_room:
+            return
+        self._makes_room = True
+        try:
+            due = sorted(await self._ledger.sales(self._hour), key=lambda sale: sale.due)
+            for sale in due[:ROOM_TRIES]:
+                await self._look_again(sale, GRACE_HOURS)
+        finally:
+            self._makes_room = False
 
     async def _collect(self, sale: Sale, method: Payable) -> Outcome:
         """Refuse only when the sale is given up, durably."""
@@ -138,14 +163,18 @@ class Cashier:
     async def settle_due(self) -> None:
         """Settle or give up what nobody asked about for long enough; what cannot be, stays."""
         for sale in await self._ledger.sales(self._hour):
-            method = self._methods.get(sale.method)
-            if method is None or sale.voucher in self._working:
-                continue
-            with self._at_work(sale.voucher), suppress(Refuse, Unsettled):
-                outcome = await self._collect(sale, method)
-                abandoned = self._hour >= sale.due + ABANDON_HOURS
-                if isinstance(outcome, Waiting) and not outcome.seconds and abandoned:
-                    await self._ledger.account(GiveUp(sale.voucher))
+            await self._look_again(sale, ABANDON_HOURS)
+
+    async def _look_again(self, sale: Sale, hours: int) -> None:
+        """Settle it, or give it up: refused, or expired and unpaid for so many hours."""
+        method = self._methods.get(sale.method)
+        if method is None or sale.voucher in self._working:
+            return
+        with self._at_work(sale.voucher), suppress(Refuse, Unsettled):
+            outcome = await self._collect(sale, method)
+            late = self._hour >= sale.due + hours
+            if isinstance(outcome, Waiting) and not outcome.seconds and late:
+                await self._ledger.account(GiveUp(sale.voucher))
 
     async def keep_time(self) -> None:
         """`settle_due` at the start and by the hour, until cancelled."""
@@ -184,7 +213,9 @@ async def _cashu(stack: AsyncExitStack, prices: Prices, mints: Mints, rng: Rng) 
 
     found = {}
     for url in (one.rstrip("/") for one in mints.mints):
-        client = await stack.enter_async_context(web.opened(url, socks=prices.socks))
+        client = await stack.enter_async_context(
+            web.opened(url, socks=prices.socks, always=prices.socks_always)
+        )
         found[url] = Mint(client, url)
     return Cashu(found, prices, rng)
 
@@ -199,6 +230,7 @@ async def _lightning(
         web.opened(
             node.url,
             socks=prices.socks,
+            always=prices.socks_always,
             ca_file=data / node.ca_file if node.ca_file else None,
             headers=_credentials(data, node),
         )

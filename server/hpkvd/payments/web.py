@@ -1,7 +1,8 @@
 """JSON over HTTP to a mint or a node: the only importer of httpx.
 
 Bounded in time and size; no redirects, no cookies, no proxies from the environment. Addresses
-that end in .onion are reached through tor's SOCKS port, which is given the name to resolve.
+that end in .onion, or all but this machine's if so set, are reached through tor's SOCKS port,
+which is given the name to resolve: no resolver of ours hears it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import socksio
 import trio
 
 CALL_SECONDS: Final = 15.0
@@ -69,8 +71,8 @@ class Web:
                 status, raw = await self._exchange(method, path, body)
         except trio.TooSlowError:
             raise Away(f"no answer in {self._seconds:g} seconds") from None
-        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-            raise Away(type(error).__name__) from None  # its text may name the address
+        except (httpx.HTTPError, httpx.StreamError, socksio.SOCKSError, OSError) as error:
+            raise Away(_told(error)) from None  # its text may name the address
         try:
             answer = json.loads(raw)
         except (ValueError, RecursionError):
@@ -97,28 +99,50 @@ class Web:
 
 @asynccontextmanager
 async def opened(
-    url: str, *, socks: str = "", ca_file: Path | None = None, headers: Mapping[str, str] = {}
+    url: str,
+    *,
+    socks: str = "",
+    always: bool = False,
+    ca_file: Path | None = None,
+    headers: Mapping[str, str] = {},
 ) -> AsyncIterator[Web]:
     """A client of the API below `url`. `ca_file`: trust this certificate (PEM) alone.
 
-    `socks`: HOST:PORT of tor, for .onion; OSError if the file cannot be read.
+    `socks`: HOST:PORT of tor, for .onion, or (`always`) for whatever is not on this machine.
+    OSError if the file cannot be read.
     """
-    onion = _is_onion(httpx.URL(url).host)
-    context: ssl.SSLContext | bool = True
-    if ca_file is not None:
-        context = ssl.create_default_context(cafile=str(ca_file))
-    seconds = ONION_SECONDS if onion else CALL_SECONDS
+    host = httpx.URL(url).host
+    proxied = _is_onion(host) or (always and not _is_loopback(host))
+    context: ssl.SSLContext | bool = True if ca_file is None else _trusting(ca_file)
+    seconds = ONION_SECONDS if proxied else CALL_SECONDS
     async with httpx.AsyncClient(
         base_url=url.rstrip("/") + "/",
         headers={"Accept-Encoding": "identity", "Content-Type": "application/json", **headers},
         verify=context,
-        proxy=f"socks5://{socks}" if onion else None,
+        proxy=f"socks5://{socks}" if proxied else None,
         timeout=seconds,
         follow_redirects=False,
         trust_env=False,
         limits=httpx.Limits(max_connections=16, max_keepalive_connections=2),
     ) as client:
         yield Web(client, seconds)
+
+
+def _trusting(ca_file: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(ca_file))
+    except ssl.SSLError as error:
+        raise OSError(f"{ca_file} has no certificate in it (PEM)") from error
+
+
+def _told(error: BaseException) -> str:
+    """What can be told of a failure."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return "its certificate is none that ca_file, or else this machine, trusts"
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__
 
 
 def _is_onion(host: str) -> bool:
