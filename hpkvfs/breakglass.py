@@ -14,6 +14,8 @@ until the next epoch; `report` says how many are not.
 Invariants
   - the journal has what an entry will be, and which credentials are reserved for it, before a
     byte of it leaves; whether it was stored is found out from the server when that was cut short;
+  - before the reserve is let go, the journal has that it is no longer what the entry holds: a new
+    one that never left is not taken for the old one;
   - an entry that we opened is replaced within HURRY_HOURS, before its timer fires by default;
   - a credential out of an entry is claimed at once, each by a reissue of its own: it is held
     only when the server confirmed that nobody spent it before.
@@ -58,6 +60,7 @@ class Note:
     """The entry stored last, or being stored: its epoch, its counter, what was in it.
 
     `opened`: somebody opened it, so its timer runs. `stored`: the server confirmed it.
+    `reserved`: the wallet's reserve is of what is in it, and of nothing else.
     """
 
     epoch: bytes
@@ -67,6 +70,12 @@ class Note:
     amount: int
     stored: bool
     opened: bool
+    reserved: bool
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it needs no replacing before the next epoch."""
+        return self.stored and self.reserved and not self.opened
 
     def encode(self) -> bytes:
         """A row of the journal."""
@@ -114,7 +123,7 @@ class Breakglass:
         """When to store the next entry (ns since 1970); None: not before the next epoch."""
         newest = (await self._store.parameters()).digest
         note = self._note
-        if note is not None and note.epoch == newest and note.stored and not note.opened:
+        if note is not None and note.epoch == newest and note.is_good:
             return None
         drawn = self._drawn
         if drawn is not None and drawn[0] == newest:
@@ -127,8 +136,7 @@ class Breakglass:
 
     async def _draw(self, epoch: bytes) -> int:
         note = self._note
-        is_covered = note is not None and note.stored and not note.opened
-        hours = CALM_HOURS if is_covered else HURRY_HOURS
+        hours = CALM_HOURS if note is not None and note.is_good else HURRY_HOURS
         at = self._clock() + hours * HOUR * int.from_bytes(self._rng(4), "big") // 2**32
         self._journal.put_meta(_DUE, msgpack.packb([epoch, at]))
         await self._journal.flush()
@@ -214,7 +222,7 @@ class Breakglass:
     async def _store_entry(
         self, epoch: EpochParameters, generation: Generation | None, counter: int
     ) -> None:
-        self._store.release_reserve()
+        await self._let_go()
         await self._store.gather()
         amounts = shares(self._store.spendable(epoch.digest), epoch.tariff.entry)
         await self._store.fill_reserve(epoch, amounts)
@@ -222,10 +230,18 @@ class Breakglass:
         value = breakglass.seal(contents, self._key, epoch.digest, self._rng)
         signer = self._keys.entry_signer(epoch.digest)
         digest = breakglass.digest(value)
-        note = Note(epoch.digest, epoch.number, counter, digest, contents.amount, False, False)
+        note = Note(
+            epoch.digest, epoch.number, counter, digest, contents.amount, False, False, True
+        )
         await self._remember(note)
         await self._store.store_entry(epoch, signer, counter, value)
         await self._remember(replace(note, stored=True))
+
+    async def _let_go(self) -> None:
+        """The reserve is for the next entry: what is in the last one is spent as anything else."""
+        if self._note is not None:
+            await self._remember(replace(self._note, reserved=False))
+        self._store.release_reserve()
 
     async def _remember(self, note: Note) -> None:
         self._note = note
@@ -250,9 +266,12 @@ class Breakglass:
         """
         note, drawn = self._note, self._drawn
         state = self._state()
-        safe = sum(one.amount for one in self._store.reserve) if state in _GOOD else 0
+        counts = note is not None and note.is_good and state in _GOOD
+        safe = sum(one.amount for one in self._store.reserve) if counts else 0
         held = self._store.balance.held
-        is_waiting = drawn is not None and (note is None or note.epoch != drawn[0] or note.opened)
+        is_waiting = drawn is not None and (
+            note is None or note.epoch != drawn[0] or not note.is_good
+        )
         return {
             "state": state,
             "tokens": safe,
@@ -299,7 +318,9 @@ class Breakglass:
             return None
         contents = breakglass.unseal(opened.value, self._key, epoch)
         number = (await self._store.epoch(epoch)).number
-        note = Note(epoch, number, opened.counter, opened.digest, 0, stored=True, opened=True)
+        note = Note(
+            epoch, number, opened.counter, opened.digest, 0, True, opened=True, reserved=False
+        )
         await self._remember(note)
         lost = await self._claim(epoch, opened.digest, contents)
         gained = contents.amount - lost

@@ -462,7 +462,7 @@ def _rows() -> dict[str, Decoder]:
     held = Held(3, bytes(32), _money()[3])
     attempt = Attempt(Operation.INSERT, -10, bytes(32), _money()[4].encode())
     pending = Pending(4, bytes(32), (held,), (attempt,), REFS[0].encode())
-    note = notes.Note(bytes(32), 1, 2, bytes(32), 100, True, False)
+    note = notes.Note(bytes(32), 1, 2, bytes(32), 100, True, False, True)
     errors = (ValueError, LookupError, TypeError, ProtocolError)
     return {
         "rows of credentials": Decoder(

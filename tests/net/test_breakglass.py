@@ -12,7 +12,7 @@ import trio
 
 from hpkvfs.breakglass import Breakglass, warning
 from hpkvfs.errors import EmptyWallet, Unreachable, VaultError
-from hpkvfs.protocol.messages import StoreEntryRequest, decode_request
+from hpkvfs.protocol.messages import ReissueRequest, StoreEntryRequest, decode_request
 from hpkvfs.types import Generation
 from hpkvfs.volume.keys import VaultKeys
 from tests.doubles import Fault
@@ -269,6 +269,38 @@ async def test_storing_that_was_cut_short_is_paid_once(
     assert (totals.charged, totals.entries) == (10, 1)
     assert client.store.balance.total == 990
     world.assert_conserved(client.store)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["the same epoch", "a later epoch"])
+@pytest.mark.parametrize("asked", range(2))
+async def test_no_more_is_promised_than_the_entry_there_has(
+    world: World, later: bool, asked: int
+) -> None:
+    """The next entry is cut short while its reserve is made, or when it should leave."""
+    client = await rich(world)
+    await client.glass.renew(None)
+    await client.journal.flush()
+    if later:
+        await world.rotate()
+    client = client.restarted(patience=0.3)
+
+    async def cut(frame: bytes) -> bytes:
+        nonlocal asked
+        asked -= isinstance(decode_request(frame), ReissueRequest | StoreEntryRequest)
+        if asked < 0:
+            world.wire.faults.extend([Fault.LOSE_REQUEST] * 30)
+        return await honest(frame)
+
+    honest, world.wire.answer = world.wire.answer, cut
+    with pytest.raises(Unreachable):
+        await client.glass.renew(None)
+    world.wire.answer = honest
+    world.wire.faults.clear()
+    await client.store.recover()
+    report = client.glass.report()
+    assert report["tokens"] == 0 and report["at_risk"]
+    client = client.restarted()
+    assert client.glass.report()["tokens"] == 0 and await client.glass.due() is not None
 
 
 @pytest.mark.parametrize("commits", range(0, 9, 2))
