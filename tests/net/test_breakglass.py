@@ -103,9 +103,10 @@ async def test_the_user_is_warned_in_every_state_but_safe(world: World) -> None:
     await world.rotate()
     await client.store.refresh()
     _warned(client, "ageing", "and none once their epoch has ended")
+    voucher = world.voucher(100)
     for _ in range(4):
         await world.rotate()
-    await client.store.redeem(world.voucher(100))
+    await client.store.redeem(voucher)
     await client.store.refresh()
     _warned(client, "expired", "would bring back 0:")
 

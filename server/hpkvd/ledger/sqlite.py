@@ -295,21 +295,17 @@ class SqliteLedger:
     def add_vouchers(self, vouchers: Sequence[Voucher]) -> None:
         """Make these redeemable; durable on return. Waits for a running server's batch."""
         rows = [(voucher.digest, voucher.amount) for voucher in vouchers]
-        with self._one_transaction():
-            self._write.executemany("INSERT INTO voucher (digest, amount) VALUES (?, ?)", rows)
+        with self._one_transaction() as connection:
+            connection.executemany("INSERT INTO voucher (digest, amount) VALUES (?, ?)", rows)
 
     @contextmanager
-    def _one_transaction(self) -> Iterator[None]:
-        """For who does not serve: waits for a server's batch."""
-        with _translated():
-            self._write.execute(f"PRAGMA busy_timeout = {int(LOCK_SECONDS * 1000)}")
-            self._write.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._write.execute("COMMIT")
-            finally:
-                self._roll_back()
-                self._write.execute("PRAGMA busy_timeout = 0")
+    def _one_transaction(self) -> Iterator[sqlite3.Connection]:
+        """Waits for a server's batch, which is another process's. On a connection of its own, so
+        that one of this process is in nobody's way: then this fails, and that does not."""
+        with _translated(), closing(_connect(self._path)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
 
     def totals(self) -> Totals:
         """One consistent view of the books."""
@@ -323,8 +319,8 @@ class SqliteLedger:
 
     def mark_taken(self, takings: Sequence[Taking]) -> None:
         """These were taken out; durable on return."""
-        with self._one_transaction():
-            till.mark_taken(self._write, takings)
+        with self._one_transaction() as connection:
+            till.mark_taken(connection, takings)
 
     def claim_epoch(self, epoch: NewestEpoch) -> NewestEpoch:
         """See Desk. On a connection of its own: the other may be in the middle of a COMMIT."""
