@@ -168,6 +168,7 @@ class Teller:
         self._driven: set[int] = set()
         self._stuck: set[int] = set()
         self._bought: set[bytes] = set()
+        self._in_vain: dict[bytes, int] = {}
         self._changed = trio.Event()
         self._stranding = trio.Event()
 
@@ -406,7 +407,12 @@ class Teller:
         """
 
         async def buy() -> None:
-            await self.resolve_like(Operation.ISSUE, memo)
+            try:
+                await self.resolve_like(Operation.ISSUE, memo)
+            finally:
+                in_vain = self._in_vain.pop(memo, 0)
+            if in_vain:  # others have settled it, and nobody has told who redeemed it
+                raise _redeemed_in_vain(in_vain)
             if memo not in self._bought:
                 epoch = await self.newest()
                 attempt = self._prove_purchase(epoch, make(epoch.digest), amount)
@@ -430,20 +436,27 @@ class Teller:
     async def fill_reserve(self, epoch: EpochParameters, amounts: Sequence[int]) -> None:
         """Have credentials of just these amounts in the reserve, which the journal then has.
 
-        It is not durable yet. EmptyWallet leaves an empty reserve.
+        It is not durable yet. What fails leaves an empty reserve: half of one is in no entry.
         """
         self.wallet.release_reserve()
-        for amount in amounts:
-            merges = True
-            while merges:
-                selection = self.wallet.carve(epoch.digest, amount)
-                if selection is None:
-                    await self.grow(epoch)
-                    continue
-                merges = selection.merges
-                await self._reissue(epoch, selection)
-            self.wallet.reserve_one(epoch.digest, amount)  # nobody ran since that was settled
+        try:
+            for amount in amounts:
+                await self._fill_one(epoch, amount)
+        except BaseException:
+            self.wallet.release_reserve()
+            raise
         self._journal.reserve(self.wallet.reserve)
+
+    async def _fill_one(self, epoch: EpochParameters, amount: int) -> None:
+        merges = True
+        while merges:
+            selection = self.wallet.carve(epoch.digest, amount)
+            if selection is None:
+                await self.grow(epoch)
+                continue
+            merges = selection.merges
+            await self._reissue(epoch, selection)
+        self.wallet.reserve_one(epoch.digest, amount)  # nobody ran since that was settled
 
     async def claim(self, digest: bytes, credential: Credential, note: tuple[str, bytes]) -> None:
         """Take in a credential that an entry had; SpentElsewhere if it is worth nothing now.
@@ -521,8 +534,10 @@ class Teller:
             if len(pending.attempts) == 1:
                 self._release(pending)
                 raise
+            amount = pending.attempts[0].delta
+            self._in_vain[pending.memo] = amount
             self._conclude(pending, performed=True)
-            raise _redeemed_in_vain(pending) from refused
+            raise _redeemed_in_vain(amount) from refused
         except Refusal as refused:
             self._give_up(pending, refused)
             raise
@@ -777,10 +792,10 @@ class Teller:
                 self._journal.nudge()
 
 
-def _redeemed_in_vain(pending: Pending) -> VoucherSpent:
+def _redeemed_in_vain(amount: int) -> VoucherSpent:
     return VoucherSpent(
         f"this voucher was redeemed before, it seems from here: the answer was lost, and the"
-        f" {pending.attempts[0].delta:,} tokens expired with their epoch",
+        f" {amount:,} tokens expired with their epoch",
         "a redemption that is cut short has to be completed while its epoch lasts",
     )
 

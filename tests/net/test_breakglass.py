@@ -6,6 +6,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ from hpkvfs.errors import EmptyWallet, Unreachable, VaultError
 from hpkvfs.protocol.messages import ReissueRequest, StoreEntryRequest, decode_request
 from hpkvfs.types import Generation
 from hpkvfs.volume.keys import VaultKeys
+from hpkvfs.wallet.wallet import Selection, Wallet
 from tests.doubles import Fault
 from tests.net.harness import World, epoch_one, running
 from tests.store_contract import memo_of, new_blob
@@ -349,6 +351,27 @@ async def test_an_answer_lost_in_recovering_loses_nothing(world: World) -> None:
     found = await heir.glass.recover()
     assert found is not None and found.gained == 750
     assert heir.store.balance.total == 750 and heir.store.conservation.holds
+
+
+async def test_an_entry_that_could_not_be_filled_is_not_counted_on(world: World) -> None:
+    """What was carved for it is in no entry: nobody is told that the words bring it back."""
+    client = await rich(world)
+    await client.glass.renew(Generation(0))
+    await world.rotate()
+    carve, filled = Wallet.carve, set[int]()
+
+    def first_only(self: Wallet, epoch: bytes, amount: int) -> Selection | None:
+        filled.add(client.store._teller.wallet.count_reserved(epoch))
+        if 1 in filled:
+            raise Unreachable("no answer")
+        return carve(self, epoch, amount)
+
+    with patch.object(Wallet, "carve", first_only), pytest.raises(Unreachable):
+        await client.glass.renew(Generation(0))
+    assert filled == {0, 1}
+    assert client.glass.report()["tokens"] == 0
+    await client.glass.renew(Generation(0))
+    assert client.glass.report()["tokens"] > 0
 
 
 async def test_a_client_that_went_on_elsewhere_has_a_greater_counter(world: World) -> None:

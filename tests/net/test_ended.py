@@ -13,6 +13,8 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from hpkvfs.errors import EmptyWallet, KeyExists, UserError, VaultError
 from hpkvfs.net.refusals import EpochEnded
@@ -325,6 +327,28 @@ async def test_a_voucher(world: World, fault: Fault, retried: bool) -> None:
         with pytest.raises(UserError, match="redeemed already"):
             await store.redeem(text)
     await world.wire.deliver_late()
+    world.assert_conserved(store)
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+async def test_a_voucher_that_the_background_settles_as_lost(world: World, is_first: bool) -> None:
+    """Whoever redeems it, meanwhile or then, is told once of the loss, and how it came to it."""
+    text = await world.sold(60)
+    store = world.client()
+    await store.parameters()
+    await cut_off(world, Fault.LOSE_REPLY, store.redeem, text)
+    await rotate(world)
+    store = await restarted(world)
+    if is_first:
+        await store.recover()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.recover)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(UserError, match=r"redeemed before.* 60 tokens expired"):
+            await store.redeem(text)
+    with pytest.raises(UserError, match="redeemed already"):
+        await store.redeem(text)
+    assert store.expired == 60
     world.assert_conserved(store)
 
 
