@@ -9,14 +9,22 @@ not begin within GAP seconds: it compares the answers, and could not tell that f
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
 from hpkvd.epochs import Schedule
 from hpkvd.ledger import Totals
 from hpkvfs.net.store import Pace, RemoteStore
+from hpkvfs.protocol.messages import (
+    CredentialedRequest,
+    Done,
+    ReissueRequest,
+    decode_reply,
+    decode_request,
+)
 
 KEEP = Schedule().keep
 MOST = 16
@@ -61,6 +69,29 @@ class Ageing:
         if chance.random() < self.away:
             for _ in range(chance.randint(1, self.keep)):
                 rotate()
+
+
+class Outlived(NamedTuple):
+    """`oldest`: number of the oldest epoch in use, at the latest, for a request to have an answer
+    still if its client asks again."""
+
+    oldest: int
+    is_move: bool
+
+
+def oldest_to_answer(frame: bytes, reply: bytes, in_use: Mapping[bytes, int]) -> Outlived | None:
+    """Of a request that was performed, and that a wallet waits for; `in_use`: numbers by digest.
+
+    A move outlives the epoch that it left, by one at least; any other request has its own epoch.
+    """
+    request = decode_request(frame)
+    if not isinstance(request, CredentialedRequest) or request.epoch not in in_use:
+        return None
+    is_for_nothing = isinstance(request, ReissueRequest) and not request.presented
+    if is_for_nothing or not isinstance(decode_reply(reply), Done):
+        return None
+    is_move = isinstance(request, ReissueRequest) and request.into is not None
+    return Outlived(in_use[request.epoch] + is_move, is_move)
 
 
 def check_books(totals: Totals, store: RemoteStore) -> int:

@@ -46,7 +46,12 @@ class CheapRequest:
     @property
     def serials(self) -> tuple[bytes, ...]:
         """33 bytes for each credential shown."""
-        return tuple(b"\2" + hashlib.sha256(b"serial" + r).digest() for _, r, _ in self.shown)
+        return tuple(_serial(r) for _, r, _ in self.shown)
+
+    @property
+    def wanted_serials(self) -> tuple[bytes, ...]:
+        """Those under which what is issued for it can be shown."""
+        return tuple(_serial(r) for _, r in self.wanted)
 
 
 def prepare(
@@ -131,6 +136,10 @@ def _tag(parameters: IssuerParameters, statement: Statement, body: bytes) -> byt
 def _mac(issuer: Issuer, amount: int, r: bytes) -> bytes:
     mac = hmac.digest(issuer._prf_key, amount.to_bytes(4, "big") + r, "sha256")
     return b"\1" + mac[1:]
+
+
+def _serial(r: bytes) -> bytes:
+    return b"\2" + hashlib.sha256(b"serial" + r).digest()
 
 
 def _32(number: int) -> bytes:

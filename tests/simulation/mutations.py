@@ -246,6 +246,28 @@ def _ended_epoch_still_paid_with() -> list[Replacement]:
 
 
 @_mutation
+def _replies_dropped_an_epoch_too_soon() -> list[Replacement]:
+    """Records go while their epoch can still be presented."""
+    record = _Rows.record
+
+    def short(self: _Rows, transaction: Transaction, fact: Fact) -> None:
+        record(self, replace(transaction, epoch=transaction.epoch - 1, into=0), fact)
+
+    return [(_Rows, "record", short)]
+
+
+@_mutation
+def _moves_forgotten_with_the_epoch_they_left() -> list[Replacement]:
+    """Tokens on their way into a later epoch are lost with the earlier one."""
+    record = _Rows.record
+
+    def short(self: _Rows, transaction: Transaction, fact: Fact) -> None:
+        record(self, replace(transaction, into=0), fact)
+
+    return [(_Rows, "record", short)]
+
+
+@_mutation
 def _pending_of_an_ended_epoch_written_off_blindly() -> list[Replacement]:
     """Nobody asks whether it was performed."""
 

@@ -41,7 +41,10 @@ FINE = Weather()
 
 
 class Network:
-    """Carries frames; `weather` is what it does to them. Couriers outlive who sent them."""
+    """Carries frames; `weather` is what it does to them. Couriers outlive who sent them.
+
+    `swallows`: whether this reply to this frame of that side is lost, whatever the weather.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Network:
         tell: Callable[[str, bytes], None],
     ) -> None:
         self.weather = FINE
+        self.swallows: Callable[[bytes, bytes, Side], bool] = lambda frame, reply, side: False
         self._chance = chance
         self._nursery = nursery
         self._deliver = deliver
@@ -86,6 +90,8 @@ class Network:
         reply = None
         if not self.happens(weather.lose_request):
             reply = await self._deliver(frame)
+            if reply is not None and self.swallows(frame, reply, connection.side):
+                return
             await trio.sleep(self.pause())
             if self.happens(weather.lose_reply):
                 reply = None
@@ -117,7 +123,7 @@ class Connection(Stream):
 
     def __init__(self, network: Network, side: Side) -> None:
         self._network = network
-        self._side = side
+        self.side = side
         self._reply = b""
         self._came = trio.Event()
         self._told = False
@@ -129,11 +135,11 @@ class Connection(Stream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See trio.abc.SendStream."""
-        self._side.at(Point.SEND_BEFORE)
+        self.side.at(Point.SEND_BEFORE)
         await trio.lowlevel.checkpoint()
-        self._side.check()
+        self.side.check()
         self._network.send(bytes(data), self)
-        self._side.at(Point.SEND_AFTER)
+        self.side.at(Point.SEND_AFTER)
 
     async def wait_send_all_might_not_block(self) -> None:
         """See trio.abc.SendStream."""
@@ -144,7 +150,7 @@ class Connection(Stream):
         await self._came.wait()
         if not self._told:
             self._told = True
-            self._side.at(Point.REPLY_CAME)
+            self.side.at(Point.REPLY_CAME)
         part, self._reply = self._reply[:max_bytes], self._reply[max_bytes:]
         return part
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from hpkvd import handler
+from hpkvfs.protocol.credential import Credential
 from hpkvfs.protocol.errors import Malformed
 from hpkvfs.protocol.messages import (
     CredentialedRequest,
@@ -15,6 +18,7 @@ from hpkvfs.protocol.messages import (
 from hpkvfs.protocol.tariff import Operation
 from tests.fs.model import Model
 from tests.fs.play import Step, Tree, play_on_model
+from tests.simulation.money import CheapRequest
 
 
 @dataclass
@@ -24,6 +28,9 @@ class Watcher:
     spent: dict[bytes, bytes] = field(default_factory=dict)
     shown: dict[bytes, set[Operation]] = field(default_factory=dict)
     answers: dict[bytes, Done] = field(default_factory=dict)
+    issued: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    """Of each cheap credential of value that was exchanged for others: by its r, the digest of its
+    epoch and its serial."""
 
     def answered(self, frame: bytes, reply: bytes) -> None:
         """No credential pays twice, a request has one answer, no serial is in two operations."""
@@ -33,17 +40,33 @@ class Watcher:
             raise AssertionError("a client sent what no server reads") from error
         if not isinstance(request, CredentialedRequest) or not request.presented:
             return
-        serials = handler.parse(request.credentials, request.presented).serials
-        self._link(request, serials)
+        parsed: Any = handler.parse(request.credentials, request.presented)
+        self._link(request, parsed.serials)
         answer = decode_reply(reply)
         if isinstance(answer, Done):
-            self._performed(request.fingerprint, serials, answer)
+            self._performed(request.fingerprint, parsed.serials, answer)
+            if isinstance(parsed, CheapRequest):
+                self._issued(getattr(request, "into", None) or request.epoch, parsed)
 
     def _link(self, request: CredentialedRequest, serials: tuple[bytes, ...]) -> None:
         for serial in serials:
             operations = self.shown.setdefault(serial, set())
             operations |= {request.operation} - {Operation.REISSUE}
             assert len(operations) <= 1, "two operations showed one serial: they are linked"
+
+    def _issued(self, epoch: bytes, request: CheapRequest) -> None:
+        for (amount, r), serial in zip(request.wanted, request.wanted_serials, strict=True):
+            if amount:
+                self.issued[int.from_bytes(r, "big")] = epoch, serial
+
+    def check_nothing_forgotten(
+        self, held: Iterable[Credential], spent: set[bytes], epochs: set[bytes]
+    ) -> None:
+        """What was issued, and can be presented still, its owner has or has spent."""
+        mine = {credential.r for credential in held}
+        for r, (epoch, serial) in self.issued.items():
+            if epoch in epochs and r not in mine:
+                assert serial in spent, "a credential that lasts still was given up"
 
     def _performed(self, fingerprint: bytes, serials: tuple[bytes, ...], answer: Done) -> None:
         before = self.answers.setdefault(fingerprint, answer)

@@ -95,6 +95,11 @@ class Server(Side):
         """Number of the oldest epoch that is to be in use."""
         return max(1, self.epochs - self._ageing.keep + 1)
 
+    @property
+    def in_use(self) -> dict[bytes, int]:
+        """Numbers of the epochs that are to be in use, by digest."""
+        return {one.parameters.digest: one.number for one in chain(self.epochs)[self.oldest - 1 :]}
+
     def rotate(self) -> None:
         """The next epoch begins, and one may end for it."""
         before, self.epochs = self.epochs, min(self.epochs + 1, self._ageing.most)
@@ -172,6 +177,10 @@ class Server(Side):
     def keys(self) -> set[bytes]:
         """Every storage key there is a blob under."""
         return {key for (key,) in self.desk._read.execute("SELECT key FROM blob")}
+
+    def serials(self) -> set[bytes]:
+        """Every serial that counts as spent."""
+        return {serial for (serial,) in self.desk._read.execute("SELECT serial FROM serial")}
 
     def close(self) -> None:
         """After the simulation."""

@@ -34,12 +34,12 @@ from hpkvfs.types import BlobId
 from hpkvfs.volume.keys import VaultKeys
 from tests.fs.play import START, Step, Tree, play, random_step, tree
 from tests.simulation.client import Machine, vault_trouble
-from tests.simulation.epochs import GAP, QUICK, Ageing, check_books
+from tests.simulation.epochs import GAP, QUICK, Ageing, check_books, oldest_to_answer
 from tests.simulation.mutations import Replacement, planted
 from tests.simulation.network import FINE, Network, Weather
 from tests.simulation.oracle import Story, Watcher
 from tests.simulation.patches import simulated
-from tests.simulation.points import Faults, Point
+from tests.simulation.points import Faults, Point, Side
 from tests.simulation.server import Server
 
 LIMIT_SECONDS = 1_000_000.0
@@ -137,6 +137,7 @@ class World:
         self.watcher = Watcher()
         self.ageing = Ageing.draw(chance("ageing"))
         self._ageing_chance = chance("ageing of epochs")
+        _add_cuts(self.events, self.ageing, chance("cuts"))
         self.server = Server(directory, self.faults, chance("server"), self.watcher, self.ageing)
         self.vouchers = [self.server.voucher(amount) for amount in _amounts(plan)]
         self.plenty = [self.server.voucher(5_000) for _ in range(24 if self.ageing.ends else 4)]
@@ -147,6 +148,8 @@ class World:
         self.finished = False
         self.held = self.safe = self.gone = 0
         self._turned = 0.0
+        self._cutting = ""
+        self._missed = 0
         self.network: Network
 
     def _machine(self, name: str, chance: random.Random, *, is_new: bool) -> Machine:
@@ -181,6 +184,7 @@ class World:
             async with trio.open_nursery() as nursery:
                 self.network = Network(self._network_chance, nursery, self._deliver, self._tell)
                 self.network.weather = self.weather
+                self.network.swallows = self._swallows
                 nursery.start_soon(self.server.run)
                 nursery.start_soon(self.ageing.run, self._ageing_chance, self._turn, self._is_calm)
                 for machine in (self.machine, self.second):
@@ -199,6 +203,26 @@ class World:
         self.server.rotate()
         self.note("epoch", self.server.epochs)
 
+    def _swallows(self, frame: bytes, reply: bytes, side: Side) -> bool:
+        """Whether this is what `_cut_short` is after: then the client dies, the reply unread."""
+        if not self._cutting or side is not self.machine or not side.alive or not self.faults.armed:
+            return False
+        outlived = oldest_to_answer(frame, reply, self.server.in_use)
+        if outlived is None or (self._cutting == "move" and not outlived.is_move):
+            return False
+        self._cutting, self._missed = "", outlived.oldest
+        self.note("cut short", outlived)
+        side.kill()
+        return True
+
+    def _between_lives(self) -> None:
+        """Epochs end: of a request that was cut short just as many as leave it an answer."""
+        if not self._missed:
+            self.ageing.between_lives(self._ageing_chance, self._turn)
+        while self.server.oldest < self._missed and self.server.epochs < self.ageing.most:
+            self._turn()
+        self._missed = 0
+
     def _is_calm(self) -> bool:
         """Or one began just now."""
         return not self.faults.armed or trio.current_time() < self._turned + GAP
@@ -209,7 +233,7 @@ class World:
                 lived = await self.machine.use(self._life)
                 self.note("ended" if lived else "died", f"power={self.machine.power}")
             if not self.finished:
-                self.ageing.between_lives(self._ageing_chance, self._turn)
+                self._between_lives()
             while self.server.alive and self.server.listed < self.server.epochs:
                 await trio.sleep(0.01)
             if trouble:
@@ -335,6 +359,12 @@ class World:
         if not self.ageing.ends or trio.current_time() >= self._turned + GAP:
             self._turn()
 
+    async def _cut_short(self, session: Session, kind: str) -> None:
+        self._cutting = kind
+        if kind == "move":
+            await self._rotate(session, None)
+            await trio.sleep(2 * GAP)
+
     async def _kill(self, session: Session, _: Any) -> None:
         self.machine.crash()
 
@@ -401,6 +431,9 @@ class World:
     def _check_books(self, session: Session) -> int:
         totals = self.server.totals()
         gone = check_books(totals, session.store)
+        wallet, spent = session.store._teller.wallet, self.server.serials()
+        held = [one.credential for one in (*wallet.held(), *wallet.reserve)]
+        self.watcher.check_nothing_forgotten(held, spent, set(self.server.in_use))
         presented = totals.serials // 2
         if self.server.oldest == 1:
             assert len(self.watcher.spent) <= totals.serials, "a serial was not recorded"
@@ -459,6 +492,14 @@ def _plan(chance: random.Random) -> list[tuple[str, Any]]:
     for kind in kinds:
         plan.append((kind, details[kind]() if kind in details else None))
     return plan
+
+
+def _add_cuts(plan: list[tuple[str, Any]], ageing: Ageing, chance: random.Random) -> None:
+    """Where epochs end, some requests are cut short shortly before."""
+    if ageing.ends:
+        for _ in range(chance.randint(1, 3)):
+            place = chance.randint(1 + len(START), len(plan))
+            plan.insert(place, ("cut short", chance.choice(["move", "move", "any"])))
 
 
 def _amounts(chance: random.Random) -> list[int]:
