@@ -103,7 +103,9 @@ class Server(Side):
     def rotate(self) -> None:
         """The next epoch begins, and one may end for it."""
         before, self.epochs = self.epochs, min(self.epochs + 1, self._ageing.most)
-        if self.epochs > before and self._handler is not None and self._nursery is not None:
+        if self.epochs == before or not self.alive:
+            return  # who starts takes up all there are
+        if self._handler is not None and self._nursery is not None:
             self._nursery.start_soon(self._take_up)
 
     async def _take_up(self) -> None:
