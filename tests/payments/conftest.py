@@ -1,13 +1,16 @@
-"""One mint for all tests of a process."""
+"""One mint for all tests of a process; servers that take its ecash, and a node's invoices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.payments.mint import MintProcess
+from tests.payments.nodes import Cln
 from tests.server.postgres import Cluster
+from tests.server.support import ServerProcess, hpkvd
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +25,35 @@ def cluster() -> Iterator[Cluster]:
         cluster.make()
         cluster.start()
         yield cluster
+
+
+@pytest.fixture
+def node() -> Iterator[Cln]:
+    with Cln() as node:
+        yield node
+
+
+@pytest.fixture
+def data(mint: MintProcess, node: Cln, tmp_path: Path) -> Path:
+    """A data directory whose server takes ecash of the mint, and invoices of the node."""
+    data = tmp_path / "data"
+    assert hpkvd("init", data=data).returncode == 0
+    (data / "rune").write_bytes(node.secret_file)
+    path = data / "hpkvd.toml"
+    text = path.read_text()
+    for old, new in (
+        ("mints = []", f'mints = ["{mint.url}"]'),
+        ('kind = ""', 'kind = "cln"'),
+        ('url = ""', f'url = "{node.url}"'),
+        ('secret_file = ""', 'secret_file = "rune"'),
+    ):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    return data
+
+
+@pytest.fixture
+def server(data: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(data) as server:
+        yield server

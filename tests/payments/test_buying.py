@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +21,6 @@ from tests.payments.nodes import Cln
 from tests.server.support import ROOT, ServerProcess, hpkvd, until
 
 Hpkvfs = Callable[..., Result]
-
-
-@pytest.fixture
-def node() -> Iterator[Cln]:
-    with Cln() as node:
-        yield node
-
-
-@pytest.fixture
-def data(mint: MintProcess, node: Cln, tmp_path: Path) -> Path:
-    """A data directory whose server takes ecash of the mint, and invoices of the node."""
-    data = tmp_path / "data"
-    assert hpkvd("init", data=data).returncode == 0
-    (data / "rune").write_bytes(node.secret_file)
-    path = data / "hpkvd.toml"
-    text = path.read_text()
-    for old, new in (
-        ("mints = []", f'mints = ["{mint.url}"]'),
-        ('kind = ""', 'kind = "cln"'),
-        ('url = ""', f'url = "{node.url}"'),
-        ('secret_file = ""', 'secret_file = "rune"'),
-    ):
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    path.write_text(text)
-    return data
-
-
-@pytest.fixture
-def server(data: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(data) as server:
-        yield server
 
 
 def start(state: Path, *arguments: str) -> subprocess.Popen[str]:
