@@ -9,8 +9,9 @@ import pytest
 
 from tests.payments.mint import MintProcess
 from tests.payments.nodes import Cln
+from tests.payments.shop import hpkvd
 from tests.server.postgres import Cluster
-from tests.server.support import ServerProcess, hpkvd
+from tests.server.support import ServerProcess
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +38,7 @@ def node() -> Iterator[Cln]:
 def data(mint: MintProcess, node: Cln, tmp_path: Path) -> Path:
     """A data directory whose server takes ecash of the mint, and invoices of the node."""
     data = tmp_path / "data"
-    assert hpkvd("init", data=data).returncode == 0
+    assert hpkvd("init", data=data).exit_code == 0
     (data / "rune").write_bytes(node.secret_file)
     path = data / "hpkvd.toml"
     text = path.read_text()

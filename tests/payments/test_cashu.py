@@ -75,8 +75,15 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
-@pytest.mark.parametrize("cut", CUTS)
+# What is cut off from the mint alone leaves either engine the same; where the server dies, and what
+# it finds then, is up to the ledger.
+DEATHS = [cut for cut in CUTS if cut.startswith("dead")]
+
+
+@pytest.mark.parametrize(
+    ("cut", "engine"),
+    [*((cut, "sqlite") for cut in CUTS), *((cut, "postgresql") for cut in DEATHS)],
+)
 async def test_whatever_is_cut_short_the_token_buys_what_it_is_worth_once(
     cut: str, engine: str, mint: MintProcess, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

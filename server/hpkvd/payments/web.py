@@ -114,6 +114,8 @@ async def opened(
     host = httpx.URL(url).host
     proxied = _is_onion(host) or (always and not _is_loopback(host))
     context: ssl.SSLContext | bool = True if ca_file is None else _trusting(ca_file)
+    if httpx.URL(url).scheme == "http":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody, and is quickly made
     seconds = ONION_SECONDS if proxied else CALL_SECONDS
     async with httpx.AsyncClient(
         base_url=url.rstrip("/") + "/",
