@@ -98,7 +98,8 @@ def _checked(result: Result) -> str:
     lines = [
         f"generation {result['generation']}: {result['files']:,} files, {result['nodes']:,} nodes,"
         f" {result['extents']:,} extents, {result['dead']:,} dead blobs,"
-        f" {result['snapshots']:,} snapshots that hold {result['blobs_held']:,} more"
+        f" {result['snapshots']:,} snapshots that hold {result['blobs_held']:,} more;"
+        f" {result['blobs']:,} blobs in all"
     ]
     if result["verified"] or result["unchecked"]:
         left = result["unchecked"]

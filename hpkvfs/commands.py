@@ -164,6 +164,7 @@ class Commands:
             "snapshots": report.snapshots,
             "blobs_held": report.held,
             "dead": report.dead,
+            "blobs": len(report.stored),
             "verified": report.verified,
             "unchecked": report.unchecked,
             "problems": report.problems,

@@ -442,11 +442,12 @@ class Soak:
 
     # -- the oracles ---------------------------------------------------------------------
 
-    def _check(self, *, full: bool) -> None:
-        report = self.client.json("fsck", *(["--full"] if full else []))
+    def _check(self, *, full: bool) -> dict[str, Any]:
+        report: dict[str, Any] = self.client.json("fsck", *(["--full"] if full else []))
         if report["problems"] or report["damaged"]:
             raise Difference(f"fsck: {report['problems'][:3]} {report['damaged'][:3]}")
         self.counts["fsck"] += 1
+        return report
 
     def _end(self) -> None:
         """Everything put away; both sides' books and blobs are the same."""
@@ -454,11 +455,11 @@ class Soak:
             held.close()
         self.client.umount()
         self.client.run("gc")
-        self._check(full=True)
+        accounted = self._check(full=True)["blobs"]
         status, server = self.client.json("status"), self.server.status()
         held = status["tokens_held"] + status["tokens_pending"]
         tokens = held, server["tokens"]["outstanding"]
-        blobs = status["blobs_live"] + status["blobs_dead"] + status["blobs_held"], server["blobs"]
+        blobs = accounted, server["blobs"]
         if tokens[0] != tokens[1] or blobs[0] != blobs[1]:
             raise Difference(f"client and server: tokens {tokens}, blobs {blobs}")
         self.counts["generation"] = status["generation"]
