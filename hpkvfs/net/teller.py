@@ -401,10 +401,11 @@ class Teller:
     # Buying.
 
     async def buy(self, make: Make, amount: int, memo: bytes) -> None:
-        """Exchange what `make` pays with for credentials, unless a call with this memo did before.
+        """Exchange what `make` pays with for credentials, unless that was begun and ends well now.
 
         A Refusal leaves nothing behind.
         """
+        self._bought.discard(memo)  # what was over before this call does not count
 
         async def buy() -> None:
             try:

@@ -28,7 +28,11 @@ def test_a_terminal_is_shown_how_far_tor_is(hpkvfs: Hpkvfs, state: Path, termina
     ours, theirs = pty.openpty() if terminal else os.pipe()
     line = [sys.executable, "-m", "hpkvfs", "--state", str(state), "--tor", "own", "redeem", "-"]
     with subprocess.Popen(
-        line, env=ENVIRONMENT | {"TERM": "xterm"}, stdin=subprocess.PIPE, stderr=theirs
+        line,
+        env=ENVIRONMENT | {"TERM": "xterm"},
+        stdin=subprocess.PIPE,
+        stderr=theirs,
+        preexec_fn=_heed_interrupts,
     ) as process:
         os.close(theirs)
         assert process.stdin is not None
@@ -49,3 +53,8 @@ def test_a_terminal_is_shown_how_far_tor_is(hpkvfs: Hpkvfs, state: Path, termina
     assert (state / "tor").stat().st_mode & 0o777 == 0o700
     assert (state / "tor" / "lock").exists()  # tor's own
     assert not (state / "tor" / "port").exists()  # it ended with us
+
+
+def _heed_interrupts() -> None:
+    """Also where these tests run in the background of a shell, which has them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
