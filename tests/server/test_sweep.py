@@ -55,9 +55,10 @@ async def fill(ledger: SqliteLedger, epoch: int, count: int, size: int = 1) -> N
 
 
 async def swept(ledger: SqliteLedger) -> None:
-    """Wait until the sweep is over, by what an operator sees."""
+    """Wait until the sweep is over, by what a reader of the file sees: the writer's own state,
+    and even its `in_transaction`, say so while the last COMMIT is still being written."""
     with trio.fail_after(20):
-        while ledger._sweep.due or ledger._write.in_transaction:
+        while ledger._read.execute("SELECT swept < oldest FROM ended").fetchone() == (1,):
             await trio.sleep(0.01)
 
 
