@@ -563,7 +563,7 @@ class Teller:
     # What became of requests whose epoch has ended: nobody answers them any more.
 
     async def _find_out(self, pending: Pending) -> Answer | None:
-        """Conclude a pending of an ended epoch; the answer if its operation was performed.
+        """Conclude a pending of an ended epoch; the answer if what it asked for is so.
 
         No request of that epoch is performed any more, so what the server shows now is the end of
         it: whether a blob is there, or a voucher spent, or what was moved is on record.
@@ -575,19 +575,22 @@ class Teller:
             if first.into and first.body and not self.epochs.has_ended(first.into):
                 return await self._ask_where_it_went(pending)
             if not pending.place:
-                self._lose(pending)
+                self._lose(pending, done=False)
                 return None
-            performed = await self._shows(pending)
-            self._conclude(pending, performed=performed)
-            return Answer(first) if performed else None
+            is_there = await self._is_there(pending)
+            done = is_there == (first.operation is Operation.INSERT)
+            if is_there:
+                self._conclude(pending, performed=done)
+            else:  # it may never have been, or been deleted, and by another of the vault's clients
+                self._lose(pending, done=done)
+            return Answer(first) if done else None
 
-    async def _shows(self, pending: Pending) -> bool:
-        """Whether the blob is there that was to be stored, or gone that was to be deleted."""
+    async def _is_there(self, pending: Pending) -> bool:
+        """Whether the server has the blob that was to be stored or to be deleted."""
         key, digest = pending.place[:KEY_BYTES], pending.place[KEY_BYTES:]
         order = Order(Operation.LOOK_UP, lambda epoch: LookUpRequest(epoch, key))
         blob = (await self.pay(order)).value
-        is_there = blob is not None and hashlib.sha256(blob).digest() == digest
-        return is_there == (pending.attempts[0].operation is Operation.INSERT)
+        return blob is not None and hashlib.sha256(blob).digest() == digest
 
     async def _ask_where_it_went(self, pending: Pending) -> Answer | None:
         """What was moved out of the epoch in time is on record as long as where it was moved to."""
@@ -615,12 +618,13 @@ class Teller:
     def _conclude(self, pending: Pending, *, performed: bool) -> None:
         before = self.wallet.book.expired
         self.wallet.conclude(pending, performed=performed)
-        self._journal.conclude(pending, self.wallet.book, performed=performed)
+        self._journal.conclude(pending, self.wallet.book, done=performed)
         self._tell_loss(self.wallet.book.expired - before)
 
-    def _lose(self, pending: Pending) -> None:
+    def _lose(self, pending: Pending, *, done: bool) -> None:
+        """`done`: what was asked for is so, whoever did it."""
         self.wallet.lose(pending)
-        self._journal.conclude(pending, self.wallet.book, performed=False)
+        self._journal.conclude(pending, self.wallet.book, done=done)
         self._tell_loss(pending.amount)
 
     def _tell_loss(self, amount: int) -> None:

@@ -16,9 +16,9 @@ written stays in the batch, the database is as it was, and the next `flush` or `
 it. Any other failure, such as one of fsync, after which nobody knows what the disk has, breaks the
 journal for good: every later call says so, and opening it again finds the last durable state.
 
-The database, user_version 3 (1 and 2 had shorter rows, see rows.py). Every `sealed` is a random
-12-byte nonce and the row in ChaCha20-Poly1305 under the journal's key, with "table/name of the row"
-as associated data.
+The database, user_version 4 (those before had shorter rows, see rows.py). Every `sealed` is a
+random 12-byte nonce and the row in ChaCha20-Poly1305 under the journal's key, with "table/name of
+the row" as associated data.
 
     credentials(number, sealed)   held, or an input of a pending
     pendings(number, sealed)      inputs, attempts, memo, place
@@ -52,7 +52,9 @@ from hpkvfs.wallet.wallet import Book, Held, Pending, Settled, Wallet
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 3
+FORMAT: Final = 4
+_READABLE: Final = 3
+"""The oldest format whose rows can be read as they are."""
 _NONCE: Final = 12
 _WAL_BYTES: Final = 5 << 20
 """Somewhat more than the WAL grows to before SQLite begins it again: 1,000 pages."""
@@ -252,12 +254,12 @@ class Journal:
         self._batch.rows[_DROP_CREDENTIAL].extend((one.number,) for one in held)
         self._batch.book = book
 
-    def conclude(self, pending: Pending, book: Book, *, performed: bool) -> None:
+    def conclude(self, pending: Pending, book: Book, *, done: bool) -> None:
         """Forget a pending of an ended epoch with its inputs, in one step with what is known of it
-        instead: a receipt if it was performed, and the book after it."""
+        instead: a receipt if what it asked for is so, and the book after it."""
         self._drop(pending, *pending.inputs)
         self._batch.book = book
-        if performed:
+        if done:
             self._performed_now(pending.attempts[0].operation, pending.memo)
 
     def forget_receipts(self, up_to: int) -> None:
@@ -488,11 +490,13 @@ def _prepare(database: sqlite3.Connection) -> None:
         )
     if version == 0:
         database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-    elif version < FORMAT:
+    elif version < _READABLE:
         raise VaultError(
             f"the wallet's journal has format {version}, from before the first release",
             "recover the vault from its words",
         )
+    elif version < FORMAT:
+        database.execute(f"PRAGMA user_version = {FORMAT}")  # before any row is written anew
 
 
 def _unwritable(error: sqlite3.Error) -> VaultError:

@@ -4,7 +4,7 @@
     pendings      [epoch, [input number...],
                    [[operation, delta, fingerprint, secrets, body, into]...], memo, place]
     receipts      [operation, memo]
-    book          [bought, refunded, spent, expired, lost]
+    book          [bought, refunded, spent, expired, lost, forgone]
     reserve       [credential number...]
 
 Reading raises ValueError, LookupError, TypeError or protocol.errors.Malformed for anything
@@ -85,9 +85,9 @@ def pack_book(book: Book) -> bytes:
 
 
 def unpack_book(row: bytes) -> Book:
-    """Inverse of pack_book."""
-    bought, refunded, spent, expired, lost = _array(row)
-    return Book(bought, refunded, spent, expired, lost)
+    """Inverse of pack_book; one of format 3 has no last field."""
+    bought, refunded, spent, expired, lost, *forgone = _array(row)
+    return Book(bought, refunded, spent, expired, lost, *forgone)
 
 
 def pack_reserve(reserve: Iterable[Held]) -> bytes:

@@ -122,8 +122,9 @@ class Selection:
 class Book:
     """Tokens ever bought, refunded and spent, and those that ended with their epoch.
 
-    `expired`: in credentials of it; `lost`: the prices of requests of it that were cut short and of
-    which nobody can tell any more whether they were performed, so that they are spent or expired.
+    `expired`: in credentials of it. Of some requests of it that were cut short nobody can tell any
+    more whether they were performed: `lost` are their prices, which are spent or expired, and
+    `forgone` their refunds, which expired or were never given.
     """
 
     bought: int = 0
@@ -131,6 +132,7 @@ class Book:
     spent: int = 0
     expired: int = 0
     lost: int = 0
+    forgone: int = 0
 
     def entered(self, operation: Operation, delta: int) -> Book:
         """The book after one performed operation."""
@@ -439,9 +441,10 @@ class Wallet:
     def lose(self, pending: Pending) -> None:
         """The epoch of a pending has ended, and what became of it will never be known."""
         del self.pending[pending.number]
-        price = max(0, -pending.attempts[0].delta)
+        delta, book = pending.attempts[0].delta, self.book
+        price, refund = max(0, -delta), max(0, delta)
+        self.book = replace(book, lost=book.lost + price, forgone=book.forgone + refund)
         self._write_down(pending.amount - price)
-        self.book = replace(self.book, lost=self.book.lost + price)
 
     def _write_down(self, amount: int) -> None:
         self.book = replace(self.book, expired=self.book.expired + amount)

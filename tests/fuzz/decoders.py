@@ -485,10 +485,10 @@ def _rows() -> dict[str, Decoder]:
             _same,
         ),
         "rows of the book": Decoder(
-            (rows.pack_book(Book(3, 2, 1)),),
+            (rows.pack_book(Book(3, 2, 1)), codec.pack([9, 8, 7, 6, 5])),
             rows.unpack_book,
             errors,
-            rows.pack_book,
+            None,  # one of format 3 is written anew with a field more
             _same,
             _same,
         ),

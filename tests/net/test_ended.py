@@ -93,7 +93,7 @@ async def test_an_insertion(world: World, fault: Fault, retried: bool) -> None:
         insert = partial(store.insert, signer.public, blob, memo_of(blob))
         world.assert_conserved(store)
     await insert()
-    assert store.conservation.book.lost == 0
+    assert store.conservation.book.lost == (0 if fault in ARRIVED else 10)
     assert await world.ledger.read(signer.public) == blob
     assert operations(world).count(Operation.INSERT) == (1 if fault in ARRIVED else 2)
     await world.wire.deliver_late()
@@ -116,7 +116,34 @@ async def test_a_deletion(world: World, fault: Fault, retried: bool) -> None:
     await store.delete(signer, digest, memo_of(blob))
     assert await world.ledger.read(signer.public) is None
     assert operations(world).count(Operation.DELETE) == (1 if fault in ARRIVED else 2)
-    assert store.conservation.book.refunded == 8
+    book = store.conservation.book
+    assert (book.refunded, book.forgone) == ((0, 8) if fault in ARRIVED else (8, 0))
+    world.assert_conserved(store)
+
+
+async def test_a_deletion_of_what_was_never_there(world: World) -> None:
+    """That it is gone does not tell that it was refunded: nothing is made up in the book."""
+    store, signer, blob = await begun(world)
+    await rotate(world)
+    with pytest.raises(EmptyWallet):
+        await store.delete(signer, hashlib.sha256(blob).digest(), memo_of(blob))
+    await store.redeem(await world.sold(50))
+    assert [one.operation for one in await store.recover()] == [Operation.DELETE]
+    book = store.conservation.book
+    assert (book.refunded, book.forgone, book.expired) == (0, 8, 300)
+    world.assert_conserved(store)
+
+
+async def test_an_insertion_of_what_was_deleted_since(world: World) -> None:
+    """Nor that it is not there, that it was never stored and paid."""
+    store, signer, blob = await begun(world)
+    await cut_off(world, Fault.LOSE_REPLY, store.insert, signer.public, blob, memo_of(blob))
+    await store.redeem(await world.sold(100))
+    await store.delete(signer, hashlib.sha256(blob).digest(), memo_of(blob))
+    await rotate(world)
+    await store.redeem(await world.sold(50))
+    assert [one.operation for one in await store.recover()] == [Operation.DELETE]
+    assert (store.conservation.book.lost, world.ledger.totals().charged) == (10, 11)
     world.assert_conserved(store)
 
 

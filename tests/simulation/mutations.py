@@ -31,6 +31,7 @@ from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.net.teller import Teller
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol.messages import Done, Fact
+from hpkvfs.protocol.tariff import Operation
 from hpkvfs.session import Session
 from hpkvfs.types import ANCHOR_BIT
 from hpkvfs.volume.commit import Insert, Step
@@ -273,7 +274,7 @@ def _pending_of_an_ended_epoch_written_off_blindly() -> list[Replacement]:
 
     async def blind(self: Teller, pending: Pending) -> None:
         await trio.lowlevel.checkpoint()
-        self._lose(pending)
+        self._lose(pending, done=False)
 
     return [(Teller, "_find_out", blind)]
 
@@ -284,9 +285,9 @@ def _pending_of_an_ended_epoch_taken_for_performed() -> list[Replacement]:
 
     async def hopeful(self: Teller, pending: Pending) -> bool:
         await trio.lowlevel.checkpoint()
-        return True
+        return pending.attempts[0].operation is Operation.INSERT
 
-    return [(Teller, "_shows", hopeful)]
+    return [(Teller, "_is_there", hopeful)]
 
 
 # -- publication -----------------------------------------------------------------------------

@@ -7,14 +7,17 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 import trio
 
 from hpkvfs.errors import AlreadyInUse, DiskFull, NewerFormat, VaultError
+from hpkvfs.protocol import codec
 from hpkvfs.protocol.tariff import Operation
-from hpkvfs.wallet.journal import Journal
+from hpkvfs.wallet import rows
+from hpkvfs.wallet.journal import FORMAT, Journal
 from hpkvfs.wallet.wallet import Pending, Wallet
 from tests.doubles import FailingJournal
 from tests.wallet.strategies import EPOCH, attempt, credential
@@ -273,9 +276,27 @@ async def test_a_newer_format_is_left_alone(disk: Disk) -> None:
     disk.open()
     disk.opened.pop().close()
     with closing(sqlite3.connect(disk.path)) as database:
-        database.execute("PRAGMA user_version = 4")
+        database.execute(f"PRAGMA user_version = {FORMAT + 1}")
     with pytest.raises(NewerFormat):
         disk.open()
+
+
+async def test_the_format_before_is_read_and_raised(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = disk.open()
+    wallet = journal.load()
+    with monkeypatch.context() as before:
+        before.setattr(rows, "pack_book", lambda book: codec.pack(astuple(book)[:5]))
+        await buy(journal, wallet, 30, 20)
+        await journal.flush()
+    disk.opened.pop().close()
+    with closing(sqlite3.connect(disk.path)) as database:
+        database.execute("PRAGMA user_version = 3")
+    assert disk.open().load().conservation == wallet.conservation
+    disk.opened.pop().close()
+    with closing(sqlite3.connect(disk.path)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (FORMAT,)
 
 
 async def test_one_process_at_a_time(disk: Disk) -> None:
