@@ -34,6 +34,7 @@ import trio
 from hpkvfs.errors import EmptyWallet, HpkvError, SpentElsewhere
 from hpkvfs.net.refusals import OldCounter, UnknownEpoch
 from hpkvfs.net.store import RemoteStore
+from hpkvfs.protocol import codec
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.types import Generation
 from hpkvfs.volume.keys import VaultKeys
@@ -79,13 +80,15 @@ class Note:
 
     def encode(self) -> bytes:
         """A row of the journal."""
-        packed: bytes = msgpack.packb(astuple(self))
-        return packed
+        return codec.pack(astuple(self))
 
     @classmethod
     def decode(cls, row: bytes) -> Note:
-        """Inverse of encode."""
-        return cls(*msgpack.unpackb(row))
+        """Inverse of encode; TypeError or Malformed on what can't be one."""
+        fields = codec.unpack(row)
+        if not isinstance(fields, list):
+            raise TypeError("not a note")
+        return cls(*fields)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,9 @@ from hpkvfs.volume.items import (
     MAX_NAME,
     MAX_OFFSET,
     MAX_SYMLINK,
+    MAX_TIME,
     MAX_XATTR,
+    MIN_TIME,
     ROOT_INO,
     Clock,
     Dirent,
@@ -342,7 +344,7 @@ class Filesystem:
         inode = self.getattr(ino)
         now = self._clock()
         effects: list[Change] = []
-        new = inode._replace(ctime=now if changes.ctime is None else changes.ctime)
+        new = inode._replace(ctime=now)
         if changes.size is not None:
             effects += self._resize(inode, changes.size)
             new = new._replace(size=changes.size, mtime=now)
@@ -351,10 +353,14 @@ class Filesystem:
             effects += self._chmod_acl(new)
         elif not inode.is_dir and not (changes.size is changes.uid is changes.gid is None):
             new = new._replace(mode=unprivileged(inode.mode))
-        for field in ("uid", "gid", "atime", "mtime"):
+        for field in ("uid", "gid"):
             value = getattr(changes, field)
             if value is not None:
                 new = new._replace(**{field: value})
+        for field in ("atime", "mtime", "ctime"):
+            value = getattr(changes, field)
+            if value is not None:  # the nearest that there is, as every filesystem of Linux
+                new = new._replace(**{field: min(max(value, MIN_TIME), MAX_TIME)})
         self._commit([*effects, new])
         if changes.atime is not None:
             self._accesses.pop(ino, None)

@@ -30,9 +30,11 @@ MAX_NAME = 255
 MAX_XATTR = 7_500
 MAX_SYMLINK = 4_095
 MAX_OFFSET = (1 << 63) - 1
+MIN_TIME, MAX_TIME = -(1 << 63), (1 << 63) - 1  # ns since 1970: the years 1677 to 2262
 CHAIN = 128
 
 _KEY = struct.Struct(">QBQ")
+_FIELDS = struct.Struct(">4IQ3qIQ")  # what an inode's fields can hold; only ever packed, to see
 
 
 class ItemKind(IntEnum):
@@ -103,7 +105,13 @@ class Inode(NamedTuple):
     @classmethod
     def decode(cls, ino: int, raw: bytes) -> Inode:
         """Inverse of encode; CorruptBlob on anything else."""
-        fields = _unpack(raw, [int] * 10, "an inode")
+        fields = _unpack(raw, _INODE, "an inode")
+        try:
+            _FIELDS.pack(*fields)  # one call for all ten: inodes are decoded a lot
+        except struct.error:
+            raise CorruptBlob("an inode is damaged") from None
+        if fields[4] > MAX_OFFSET:
+            raise CorruptBlob("an inode is damaged")
         return cls(ino, *fields)
 
 
@@ -122,7 +130,9 @@ class Dirent(NamedTuple):
     @classmethod
     def decode(cls, cookie: int, raw: bytes) -> Dirent:
         """Inverse of encode; CorruptBlob on anything else."""
-        ino, kind, name = _unpack(raw, [int, int, bytes], "a directory entry")
+        ino, kind, name = _unpack(raw, _DIRENT, "a directory entry")
+        if not (ino > 0 and 0 <= kind < 16 and 0 < len(name) <= MAX_NAME):
+            raise CorruptBlob("a directory entry is damaged")
         return cls(name, ino, kind, cookie)
 
 
@@ -133,7 +143,9 @@ def encode_xattr(name: bytes, value: bytes) -> bytes:
 
 def decode_xattr(raw: bytes) -> tuple[bytes, bytes]:
     """(name, value) of an XATTR item; CorruptBlob on anything else."""
-    name, value = _unpack(raw, [bytes, bytes], "an extended attribute")
+    name, value = _unpack(raw, _XATTR, "an extended attribute")
+    if not 0 < len(name) <= MAX_NAME or len(name) + len(value) > MAX_XATTR:
+        raise CorruptBlob("an extended attribute is damaged")
     return name, value
 
 
@@ -184,20 +196,18 @@ def trim(block: bytes) -> bytes:
     return bytes(block).rstrip(b"\0")
 
 
-def _pack(fields: Sequence[Any]) -> bytes:
-    packed: bytes = _packer.pack(fields)
-    return packed
-
-
-_packer = msgpack.Packer(use_bin_type=True)
+_pack: Callable[[Sequence[Any]], bytes] = msgpack.Packer(use_bin_type=True).pack
+_INODE, _DIRENT, _XATTR = [int] * 10, [int, int, bytes], [bytes, bytes]
 
 
 def _unpack(raw: bytes, shape: list[type], what: str) -> list[Any]:
+    """The fields, of these types, if this is the one encoding of them; CorruptBlob."""
     try:
-        fields = msgpack.unpackb(raw, raw=False, strict_map_key=True, use_list=True)
+        fields: list[Any] = msgpack.unpackb(raw)
     except (ValueError, msgpack.UnpackException):
         raise CorruptBlob(f"{what} is damaged") from None
-    if not isinstance(fields, list) or list(map(type, fields)) != shape:
+    # the types before packing, which not everything that can be unpacked survives
+    if type(fields) is not list or list(map(type, fields)) != shape or _pack(fields) != raw:
         raise CorruptBlob(f"{what} is damaged")
     return fields
 

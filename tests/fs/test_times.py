@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from hpkvfs.fs.filesystem import Changes
+from hpkvfs.volume.items import MAX_TIME, MIN_TIME
 from tests.fs.harness import Client, Machine
 
 HOUR = 3_600 * 10**9
@@ -50,4 +51,19 @@ async def test_reading_makes_nothing_to_publish_and_its_time_is_kept_with_the_ne
     client.close()
     again = machine.boot()
     assert (await again.do(again.fs.getattr, ino)).atime == atime
+    again.close()
+
+
+async def test_a_time_that_no_inode_can_hold_becomes_the_nearest_that_it_can(
+    tmp_path: Path,
+) -> None:
+    machine = Machine(tmp_path)
+    client = machine.boot()
+    ino = client.fs.make(1, b"file", stat.S_IFREG | 0o644, 0, 0).ino
+    client.fs.setattr(ino, Changes(atime=-(1 << 70), mtime=1 << 70))
+    await client.publish()
+    client.close()
+    again = machine.boot()
+    inode = await again.do(again.fs.getattr, ino)
+    assert (inode.atime, inode.mtime) == (MIN_TIME, MAX_TIME)
     again.close()

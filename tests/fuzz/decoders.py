@@ -492,7 +492,9 @@ def _rows() -> dict[str, Decoder]:
             _same,
             _same,
         ),
-        "notes of breakglass": Decoder((note.encode(),), notes.Note.decode, errors),
+        "notes of breakglass": Decoder(
+            (note.encode(),), notes.Note.decode, errors, lambda one: one.encode(), _same, _same
+        ),
     }
 
 
