@@ -15,7 +15,12 @@ from hpkvfs.settings import Result, Settings, json_option, pass_settings, show, 
 @json_option
 @pass_settings
 def status(settings: Settings, as_json: bool) -> None:
-    """Tell what the vault holds, what it costs, and how it is."""
+    """Tell what the vault holds, what it costs, and how it is.
+
+    Without asking the server anything. Live, dead and held blobs are together all that the vault
+    has there, as fsck counts them; "at least" so many when what tells of older snapshots is not
+    on this machine: hpkvfs snapshot list fetches it.
+    """
     result = settings.perform("status", {}, "looking")
     server = str(json.loads((settings.path / "vault").read_text())["server"])
     result = {"state": str(settings.path), "server": server, "mounted": None, **result}

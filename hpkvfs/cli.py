@@ -394,7 +394,8 @@ def mount_(
     they fit, or else kept aside. A read-only mount, on another machine with the same words,
     hinders nobody; it looks for new generations, for a token each time.
 
-    Snapshots can be read under .snapshots in DIR, which is there and not listed.
+    Snapshots can be read under .snapshots in DIR, which is there and not listed. A state directory
+    has one mount at a time: --snapshot is for a vault that is not mounted.
     """
     read_only = read_only or kept is not None
     if takeover and read_only:
@@ -448,13 +449,29 @@ def _check_free(settings: Settings, snapshot: str | None) -> None:
     connection = control.reach(settings.socket)
     if connection is not None:
         with connection:
-            where = control.ask(connection, "status", {})["mounted"]
+            status = control.ask(connection, "status", {})
+        if status.get("detached"):
+            raise AlreadyInUse(
+                f"the vault in {settings.path} was unmounted from {status['mounted']},"
+                " but programs still have files of it open",
+                "end them, or let go of it: hpkvfs umount --force",
+            )
         raise AlreadyInUse(
-            f"the vault in {settings.path} is mounted on {where} already",
-            f"{where}/.snapshots/{snapshot} is what you want"
-            if snapshot is not None
-            else f"unmount it there first; its snapshots are in {where}/.snapshots",
+            f"the vault in {settings.path} is mounted on {status['mounted']} already",
+            _instead(status.get("snapshots_dir"), snapshot),
         )
+
+
+def _instead(shelf: str | None, snapshot: str | None) -> str:
+    """What to do when a vault, or one snapshot of it, can't be mounted a second time."""
+    if shelf is None:
+        return "unmount it first: hpkvfs umount"
+    if snapshot is None:
+        return f"unmount it there first; its snapshots are in {shelf}"
+    if not Path(shelf, snapshot).is_dir():
+        return f"and there is no snapshot {snapshot!r} in {shelf}"
+    there = f"{shelf}/{snapshot}"
+    return f"read the snapshot in {there}; mount --bind {there} DIR shows it elsewhere as well"
 
 
 def _mount_in_background(settings: Settings, directory: Path, flags: list[str]) -> None:

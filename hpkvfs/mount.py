@@ -55,7 +55,7 @@ from hpkvfs.timeline import SnapshotBackend, Timeline, is_name_taken
 from hpkvfs.upkeep import look_after
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.wallet import journal
-from hpkvfs.writeback import Writeback
+from hpkvfs.writeback import Writeback, is_mounted
 
 log = logging.getLogger(__name__)
 
@@ -251,6 +251,7 @@ class MountedCommands(Commands):
         self._free["unmount"] = self._unmount
         self.unmounted = False
         self.is_mounted = True
+        self.snapshots_dir: Path | None = None
         self._leave = trio.Event()
         self._finished = trio.Event()
         self._report: Progress = no_progress
@@ -260,7 +261,9 @@ class MountedCommands(Commands):
         return {
             **await self._status(arguments, progress),
             "mounted": str(self._request.directory),
+            "detached": not is_mounted(self._request.directory),
             "read_only": self._request.read_only,
+            "snapshots_dir": str(self.snapshots_dir) if self.snapshots_dir else None,
             "pid": os.getpid(),
         }
 
@@ -302,6 +305,7 @@ async def mount(vault: Vault, request: Mount) -> None:
     from hpkvfs import fuse
 
     directory = mount_point(request.directory)
+    request = replace(request, directory=directory)
     options = fuse.mount_options(read_only=request.read_only, allow_other=request.allow_other)
     helped = replace(request.options, helpers=helpers_here())
     async with opened(vault, helped) as session:
@@ -310,11 +314,13 @@ async def mount(vault: Vault, request: Mount) -> None:
         writeback = Writeback(fuse.forget_alias)
         await _start(vault, session, request)
         backend: Backend = session
+        served = MountedCommands(session, vault, request)
         if request.snapshot is not None:
             backend = SnapshotBackend(session, await Timeline(session).find(request.snapshot))
         elif await is_name_taken(session):
             request.notice(_TAKEN)
-        served = MountedCommands(session, vault, request)
+        elif session.shelf.shown:
+            served.snapshots_dir = request.directory / os.fsdecode(SNAPSHOTS_NAME)
         listener, stop = commands.listen(vault.state.control), trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(commands.serve, listener, served, stop)
@@ -473,6 +479,11 @@ async def _is_pointless(session: Session, way: Way) -> bool:
 
 async def _detach(directory: Path) -> None:
     """Unmount as umount(8) does; UserError when the filesystem is in use."""
+    if not is_mounted(directory):
+        raise UserError(
+            f"{directory} was unmounted before, but programs still have files of it open",
+            "end them, or leave with --force",
+        )
     try:
         done = await trio.run_process(
             ["fusermount3", "-u", "--", str(directory)],

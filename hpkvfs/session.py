@@ -770,13 +770,14 @@ class Session:
         """Facts for `hpkvfs status`."""
         known, totals, balance = self.volume.known, self._fs.totals(), self.store.balance
         anchor = known.anchor if known else None
-        live = self._live(anchor)
+        live, is_exact = self._live(anchor)
         stored = live * BLOB_SIZE
         return {
             "generation": self.generation,
             "files": totals.files,
             "bytes": totals.bytes,
             "blobs_live": live,
+            "blobs_exact": is_exact,
             "blobs_dead": anchor.dead.count if anchor else 0,
             "blobs_held": anchor.held.count + anchor.held_before if anchor else 0,
             "bytes_stored": stored,
@@ -808,12 +809,21 @@ class Session:
         error = _disk_failure(failure)
         return None if isinstance(error, DiskFull) and self._state.has_room else _told(error)
 
-    @staticmethod
-    def _live(anchor: Anchor | None) -> int:
+    def _live(self, anchor: Anchor | None) -> tuple[int, bool]:
+        """Blobs at the server that are neither dead nor held, and whether these are all.
+
+        What is not on this machine is not fetched for it: the lists of older snapshots, whose
+        pages then are not counted.
+        """
         if anchor is None:
-            return 0
-        lists = anchor.dead.pages + anchor.held.pages + len(anchor.tables)
-        return anchor.live + len(anchor.kept) + lists + 1
+            return 0, True
+        live = anchor.live + len(anchor.kept) + 1 + len(anchor.tables)
+        live += anchor.dead.pages + anchor.held.pages
+        try:
+            older = self.volume.snapshots()[:-1]
+        except Missing:
+            return live, False
+        return live + sum(snapshot.held.pages for snapshot in older), True
 
 
 def _scatter(rng: Rng, seconds: float) -> Scatter:

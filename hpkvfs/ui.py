@@ -120,6 +120,8 @@ def status(report: Mapping[str, Any], state: str, server: str) -> str:
     mounted = report.get("mounted")
     how = ", read-only" if report.get("read_only") else ""
     where = f"{mounted} (process {report['pid']}{how})" if mounted else "no"
+    if report.get("detached"):
+        where = f"no longer, but process {report['pid']} serves programs that have files open"
     link = "connected" if report["connected"] else "not connected"
     factor = report["amplification"]
     rows = {
@@ -129,7 +131,8 @@ def status(report: Mapping[str, Any], state: str, server: str) -> str:
         "reached": report["way"],
         "generation": "none yet" if report["generation"] is None else f"{report['generation']:,}",
         "files": f"{report['files']:,} with {size(report['bytes'])}",
-        "at the server": f"{report['blobs_live']:,} blobs, {size(report['bytes_stored'])}"
+        "at the server": ("" if report["blobs_exact"] else "at least ")
+        + f"{report['blobs_live']:,} blobs, {size(report['bytes_stored'])}"
         + (f", {factor} times the data" if factor else ""),
         "dead": f"{report['blobs_dead']:,} blobs; hpkvfs gc gives tokens for them",
         "snapshots hold": f"{report['blobs_held']:,} more blobs",

@@ -10,6 +10,9 @@ not wait for data, fs/fs-writeback.c, wait_sb_inodes). fsync(2) does wait, and n
 So each such file has, while `pull` runs, one more name in the root directory: it has 128 random
 bits and nobody else can guess it, it is not listed, and the kernel is made to forget it.
 
+A mount that was taken away while files are open (`fusermount3 -u -z`) lives on until they are
+closed, and has no path any more by which to reach them: then we can only say so.
+
 All this is done by sync(1), in a process of its own. A thread of this process that waits for an
 answer of ours could not be killed while the rest of it is, and nobody would answer it any more:
 the mount would hang for ever.
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import subprocess
 from collections import Counter
@@ -33,6 +37,7 @@ from hpkvfs.errors import VaultError
 log = logging.getLogger(__name__)
 
 FILES_AT_ONCE: Final = 256
+_ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 
 
 class Writeback:
@@ -72,6 +77,11 @@ class Writeback:
         async with self._turn:
             if not self._written:
                 return
+            if not is_mounted(directory):
+                raise VaultError(
+                    f"{directory} was unmounted while programs had files of it open",
+                    "what they wrote since they last synced is taken when they sync or close",
+                )
             token = secrets.token_hex(16)
             self._names = {f".hpkvfs-{token}-{ino}".encode(): ino for ino in self._written}
             paths = [str(directory / os.fsdecode(name)) for name in self._names]
@@ -84,6 +94,17 @@ class Writeback:
                 for name in names:
                     self._forget(name)  # or it keeps the inode, also when it is unlinked
             _explain(said)
+
+
+def is_mounted(directory: Path) -> bool:
+    """Whether a vault is mounted there, without a question to it: it would be one to ourselves."""
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        for line in mounts:
+            fields, _, kind = line.partition(b" - ")
+            where = _ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), fields.split()[4])
+            if kind.startswith(b"fuse.hpkvfs ") and where == os.fsencode(directory):
+                return True
+    return False
 
 
 async def _sync(*arguments: str) -> list[str]:

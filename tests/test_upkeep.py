@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
+from statistics import correlation
 from typing import Any
 
 import msgpack
 import pytest
 import trio
+from trio.testing import MockClock
 
 from hpkvfs import keep, upkeep
+from hpkvfs import session as session_module
 from hpkvfs.commands import Commands
 from hpkvfs.control import no_progress
 from hpkvfs.errors import Unreachable
@@ -18,11 +24,16 @@ from hpkvfs.fs.backend import run
 from hpkvfs.restore import clear, restore
 from hpkvfs.session import Session
 from hpkvfs.timeline import Timeline
+from hpkvfs.types import BlobId, BlobRef, Generation
+from hpkvfs.volume import gc
+from hpkvfs.volume.deadlist import Dead
+from hpkvfs.volume.gc import Collected
 from tests.adversary.vault import Vault, vault
 from tests.fs.play import play, tree
 
 BIG = bytes(range(256)) * 64 * 30
 FILE = (b"a", b"big")
+HOURS = 6 * 3_600.0
 
 
 @pytest.fixture
@@ -94,6 +105,63 @@ async def test_a_collection_cut_short_is_gone_on_with(made: Vault, how: str) -> 
         expected = await tree(session)
         assert session.status()["blobs_dead"] <= 8, "what the last publications replaced"
     await made.assert_well(expected)
+
+
+def unevenness(moments: list[float]) -> float:
+    """How far moments in [0, 1) are from being spread evenly: Kolmogorov's D, times sqrt(n)."""
+    count, moments = len(moments), sorted(moments)
+    gaps = (max((i + 1) / count - m, m - i / count) for i, m in enumerate(moments))
+    return float(max(gaps) * count**0.5)
+
+
+async def test_when_a_collection_deletes_is_drawn_evenly_and_tells_nothing_of_birth(
+    made: Vault, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By chance of our own, on a clock of our own; 600 blobs that nothing else can be told of."""
+    dead = [Dead(BlobRef(BlobId(10_000 + n), bytes(32)), Generation(0)) for n in range(600)]
+    times: dict[int, float] = {}
+
+    async def read_list(volume: object, of: object) -> tuple[list[Dead], list[BlobRef]]:
+        return dead, []
+
+    async def delete(volume: object, ref: BlobRef, result: Collected) -> None:
+        times[ref.id - 10_000] = trio.current_time()
+        result.absent.append(ref)
+
+    async def collect_at_once(*arguments: Any) -> None:
+        mock_clock.autojump_threshold = 0  # only now: nothing here waits for a thread
+        try:
+            await gc.collect(*arguments)
+        finally:
+            mock_clock.autojump_threshold = math.inf
+
+    async with made.session() as session:
+        await session.connect()
+        monkeypatch.setattr(session_module, "read_list", read_list)
+        monkeypatch.setattr(session_module, "collect", collect_at_once)
+        monkeypatch.setattr(gc, "_delete", delete)
+        monkeypatch.setattr(session, "_rng", random.Random("spread").randbytes)
+        at_once = await drawn(session, times, 0.0)
+        over_hours = await drawn(session, times, HOURS)
+    births = list(range(600))
+    assert unevenness([at / HOURS for at in over_hours.values()]) < 1.63, "1 in 100 is above"
+    gaps = sorted(after - before for before, after in pairwise(over_hours.values()))
+    assert gaps[-1] > 3 * HOURS / 600 > 50 * gaps[5], "at random, not in step"
+    assert set(at_once.values()) == {0.0}, "the control: all at once"
+    assert unevenness(list(at_once.values())) > 20
+    for order in map(list, (at_once, over_hours)):
+        assert sorted(order) == births, "each once"
+        assert abs(correlation(births, order)) < 0.1, "2.5 deviations"
+    assert correlation(births, sorted(order)) > 0.9, "as it were in order of birth"
+
+
+async def drawn(session: Session, times: dict[int, float], spread: float) -> dict[int, float]:
+    """Collect; when each was deleted, in order, in seconds from the beginning."""
+    times.clear()
+    start = trio.current_time()
+    await session.gc(spread=spread)
+    session.publisher.removed.clear()
+    return {number: at - start for number, at in times.items()}
 
 
 async def test_a_policy_over_half_a_day(made: Vault) -> None:

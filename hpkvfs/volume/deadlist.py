@@ -28,6 +28,7 @@ ENTRY_SIZE = REF_SIZE + _DIED.size
 INLINE_ENTRIES = 100
 INLINE_HELD = 50
 INLINE_PAGES = 16
+_FAN = INLINE_PAGES + 1
 PAGE_ENTRIES = (PAYLOAD_SIZE - _HEADER.size) // ENTRY_SIZE
 
 
@@ -51,8 +52,12 @@ class DeadList:
 
     @property
     def pages(self) -> int:
-        """Pages referenced from the anchor itself."""
-        return sum(map(len, self.levels))
+        """Pages it has in all; those of level l > 1 are full, of _FAN pages of level l - 1 each."""
+        total = below = 0
+        for level in self.levels:
+            below = 1 + _FAN * below
+            total += len(level) * below
+        return total
 
     def encode(self) -> list[object]:
         """A msgpack-able form: [count, entries, [pages of level 1, ...]]."""
@@ -95,7 +100,7 @@ def _push(
     if at == len(levels):
         levels.append([])
     levels[at].append(ref)
-    if len(levels[at]) > INLINE_PAGES:
+    if len(levels[at]) == _FAN:
         packed = write_page(_page(at + 2, len(levels[at]), join_refs(levels[at])))
         levels[at] = []
         _push(levels, at + 1, packed, write_page)

@@ -234,13 +234,19 @@ class Volume:
         return entries, pages
 
     def snapshots(self, known: Known | None = None) -> list[Snapshot]:
-        """The snapshots of a known generation, oldest first; MissingTable."""
+        """The snapshots of a known generation, oldest first; MissingTable if not here."""
         known = known or self.known
         tables = known.anchor.tables if known else ()
-        missing = [ref for ref in tables if ref not in self._tables]
+        missing = [ref for ref in tables if not self._has_table(ref)]
         if missing:
             raise MissingTable(tuple(missing))
         return [snapshot for ref in tables for snapshot in self._tables[ref]]
+
+    def _has_table(self, ref: BlobRef) -> bool:
+        """Whether a table is in memory, perhaps only now: as with extents."""
+        if ref not in self._tables and (payload := self._kept(ref, Kind.TABLE)) is not None:
+            self._tables[ref] = decode_table(payload)
+        return ref in self._tables
 
     def remember(self, ref: BlobRef, opened: Opened, node: Node | None) -> None:
         """Keep a blob that was just published, so that reading it back costs nothing."""

@@ -120,6 +120,40 @@ def test_a_filesystem_in_use_is_not_unmounted_unless_forced(mount: Client) -> No
     assert path.read_text() == "content"
 
 
+def test_a_lazy_unmount_ends_after_the_last_close_and_loses_nothing(mount: Client) -> None:
+    root, path = mount.directory, mount.directory / "file"
+    (root / "other").write_text("closed before")
+    with held_open(path, os.O_RDWR | os.O_CREAT) as fd:
+        os.write(fd, b"before, ")
+        assert os.system(f"fusermount3 -u -z {root}") == 0
+        assert not root.is_mount()
+        os.write(fd, b"synced after, ")
+        os.fsync(fd)
+        assert os.pread(fd, 100, 0) == b"before, synced after, "
+        os.write(fd, b"and never")
+        assert "no longer" in mount.run("status").stdout
+        assert "taken when they sync or close" in mount.run("sync", code=3).stderr
+        assert "still have files" in mount.run("mount", root, code=3).stderr
+        assert "unmounted before" in mount.run("umount", code=2).stderr
+        assert os.pread(fd, 100, 0).endswith(b"and never"), "it is served on"
+    mount._wait_for_exit()
+    assert mount.json("status")["unpublished_bytes"] == 0
+    mount.mount()
+    assert path.read_text() == "before, synced after, and never"
+    assert (root / "other").read_text() == "closed before"
+
+
+def test_what_was_fsynced_after_a_lazy_unmount_survives_kill_9(mount: Client) -> None:
+    path = mount.directory / "file"
+    with held_open(path, os.O_RDWR | os.O_CREAT) as fd:
+        assert os.system(f"fusermount3 -u -z {mount.directory}") == 0
+        os.write(fd, b"synced after")
+        os.fsync(fd)
+        mount.kill()
+    mount.mount()
+    assert path.read_text() == "synced after"
+
+
 def test_umount_of_another_directory_is_refused(mount: Client, tmp_path: Path) -> None:
     done = mount.run("umount", tmp_path, code=2)
     assert str(mount.directory) in done.stderr

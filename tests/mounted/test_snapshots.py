@@ -85,12 +85,18 @@ def test_nothing_under_snapshots_can_be_changed_nor_the_name_taken(mount: Client
     mount.run("snapshot", "delete", "t")
     assert not (shelf / "t").exists()
     assert (root / "file").read_text() == "kept"
+    there = f"{shelf}/s"
+    done = mount.run("mount", "--snapshot", "s", mount.state, code=3)
+    assert f"read the snapshot in {there};" in done.stderr
+    assert "no snapshot 't'" in mount.run("mount", "--snapshot", "t", mount.state, code=3).stderr
 
 
 def test_a_file_of_the_users_by_that_name_is_his_and_he_is_told(vault: Client) -> None:
     root = vault.directory
     vault.mount("--no-snapshots-dir")
     assert not (root / ".snapshots").exists()
+    done = vault.run("mount", "--snapshot", "s", vault.state, code=3)
+    assert "unmount it first" in done.stderr
     (root / ".snapshots").write_text("mine")
     vault.umount()
     said = vault.mount()

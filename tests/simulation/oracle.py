@@ -16,9 +16,18 @@ from hpkvfs.protocol.messages import (
     decode_request,
 )
 from hpkvfs.protocol.tariff import Operation
+from hpkvfs.session import Session
 from tests.fs.model import Model
 from tests.fs.play import Step, Tree, play_on_model
 from tests.simulation.money import CheapRequest
+
+
+def check_status(session: Session, stored: int) -> None:
+    """`hpkvfs status` counts as many blobs as fsck did, without having looked at any."""
+    told = session.status()
+    assert told["blobs_exact"], "what it takes is on this machine"
+    counted = sum(told[f"blobs_{which}"] for which in ("live", "dead", "held"))
+    assert counted == stored, (counted, stored)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from tests.fs.model import Model
 from tests.fs.play import START, Step, Tree, play, play_on_model, random_step, tree
 from tests.simulation.client import CACHE_BYTES, Machine
 from tests.simulation.epochs import Ageing
-from tests.simulation.oracle import Story
+from tests.simulation.oracle import Story, check_status
 from tests.simulation.world import World
 
 TOKENS = 50_000
@@ -419,5 +419,6 @@ class Rivals(World):
             report = await session.fsck(extents=True)
             assert report.problems == [], report.problems
             self._check_blobs(report.stored)
+            check_status(session, len(report.stored))
         await trio.sleep(60)
         self.sums[client.machine.name] = session.store.conservation

@@ -37,7 +37,7 @@ from tests.simulation.client import Machine, vault_trouble
 from tests.simulation.epochs import GAP, QUICK, Ageing, check_books, oldest_to_answer
 from tests.simulation.mutations import Replacement, planted
 from tests.simulation.network import FINE, Network, Weather
-from tests.simulation.oracle import Story, Watcher
+from tests.simulation.oracle import Story, Watcher, check_status
 from tests.simulation.patches import simulated
 from tests.simulation.points import Faults, Point, Side
 from tests.simulation.server import Server
@@ -407,6 +407,7 @@ class World:
             report = await session.fsck(extents=True)
             assert report.problems == [], report.problems
             self._check_blobs(report.stored)
+            check_status(session, len(report.stored))
             await trio.sleep(60)
             self.gone = self._check_books(session)
             self.held = session.store.balance.total

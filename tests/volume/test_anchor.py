@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hpkvfs.errors import CorruptBlob, NewerFormat, VaultError
@@ -167,6 +167,7 @@ def test_each_anchor_is_kept_as_long_as_needed_and_then_listed_dead_once() -> No
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2_000), max_size=12))
+@example([INLINE_ENTRIES + 1] * 320)  # pages of three levels
 def test_a_dead_list_holds_just_what_was_added(batches: list[int]) -> None:
     pages: dict[BlobRef, bytes] = {}
 
@@ -183,6 +184,7 @@ def test_a_dead_list_holds_just_what_was_added(batches: list[int]) -> None:
         added += more
         dead = dead.add(more, write)
         assert len(repr(dead.encode())) < 4 * PAYLOAD_SIZE
+    assert dead.pages == len(pages)
     assert sorted(_all(dead, pages)) == sorted(added)
     assert dead.count == len(added)
     assert DeadList.decode(dead.encode()) == dead  # type: ignore[arg-type]
