@@ -60,6 +60,8 @@ RENAME_EXCHANGE = 2
 XATTR_CREATE = 1
 XATTR_REPLACE = 2
 LINK_MAX = 65_000
+MAX_SIZE = 1 << 50
+MAX_SUM = MAX_OFFSET
 RELATIME = 24 * 3_600 * 10**9
 MOST_ACCESSES = 20_000
 _LENT = stat.S_ISUID | stat.S_ISGID
@@ -378,8 +380,9 @@ class Filesystem:
             raise fail(errno.EISDIR)
         if not inode.is_file:
             raise fail(errno.EINVAL)
-        if not 0 <= size <= MAX_OFFSET:
+        if not 0 <= size <= MAX_SIZE:
             raise fail(errno.EFBIG)
+        self._check_sum(size - inode.size)
         effects: list[Change] = [Usage(size - inode.size, 0)]
         if size < inode.size:
             effects.append(Cut(inode.ino, _blocks(size)))
@@ -387,6 +390,11 @@ class Filesystem:
             if rest and self._view.block(inode.ino, size // BLOCK)[size % BLOCK :]:
                 effects.append(Write(inode.ino, size, bytes(rest), _blocks(inode.size)))
         return effects
+
+    def _check_sum(self, growth: int) -> None:
+        """ENOSPC when all files together, holes included, are more than an anchor can tell."""
+        if growth > 0 and growth + self.totals().bytes > MAX_SUM:
+            raise fail(errno.ENOSPC)
 
     # -- names -----------------------------------------------------------------------
 
@@ -714,9 +722,10 @@ class Filesystem:
         """
         inode = self.getattr(ino)
         end = offset + len(data)
-        if end > MAX_OFFSET:
+        if end > MAX_SIZE:
             raise fail(errno.EFBIG)
         self._room(len(data))
+        self._check_sum(end - inode.size)
         new = inode
         if end > inode.size or inode.mode & _LENT:
             size, mode = max(inode.size, end), unprivileged(inode.mode)

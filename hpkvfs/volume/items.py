@@ -197,7 +197,9 @@ def trim(block: bytes) -> bytes:
 
 
 _pack: Callable[[Sequence[Any]], bytes] = msgpack.Packer(use_bin_type=True).pack
-_INODE, _DIRENT, _XATTR = [int] * 10, [int, int, bytes], [bytes, bytes]
+_INODE: list[type] = [int] * 10
+_DIRENT: list[type] = [int, int, bytes]
+_XATTR: list[type] = [bytes, bytes]
 
 
 def _unpack(raw: bytes, shape: list[type], what: str) -> list[Any]:

@@ -5,6 +5,7 @@ Through the operations that the FUSE adapter calls, over a store in memory.
 
 from __future__ import annotations
 
+import errno
 import random
 import stat
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
+from hpkvfs.fs import filesystem
+from hpkvfs.fs.filesystem import Changes
 from hpkvfs.fs.layer import Effect, Put
 from hpkvfs.types import Missing
 from hpkvfs.volume import volume
@@ -157,4 +160,31 @@ async def test_a_snapshot_costs_two_blobs_whatever_it_keeps(tmp_path: Path, file
         assert await cost() == 2
     client.fs.make(1, b"and one more", stat.S_IFREG | 0o644, 0, 0)
     assert await cost() <= without + 1
+    client.close()
+
+
+async def test_sizes_that_no_generation_could_tell_are_refused_and_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All holes, so the tokens would not mind."""
+    monkeypatch.setattr(filesystem, "MAX_SUM", 3 * filesystem.MAX_SIZE)
+    client = Machine(tmp_path).boot()
+    fs = client.fs
+    inos = [fs.make(1, b"%d" % n, stat.S_IFREG | 0o644, 0, 0).ino for n in range(4)]
+    for ino in inos[:3]:
+        fs.setattr(ino, Changes(size=filesystem.MAX_SIZE))
+    for refused, code in (
+        (lambda: fs.setattr(inos[0], Changes(size=filesystem.MAX_SIZE + 1)), errno.EFBIG),
+        (lambda: fs.write(inos[0], filesystem.MAX_SIZE, b"x"), errno.EFBIG),
+        (lambda: fs.setattr(inos[3], Changes(size=1)), errno.ENOSPC),
+        (lambda: fs.write(inos[3], 0, b"x"), errno.ENOSPC),
+    ):
+        with pytest.raises(OSError) as caught:
+            refused()
+        assert caught.value.errno == code
+    await client.publish()
+    fs.setattr(inos[0], Changes(size=0))
+    assert fs.write(inos[3], 0, b"x") == 1
+    await client.publish()
+    assert (await client.check()).problems == []
     client.close()
