@@ -2,18 +2,15 @@
 
 At most `max_in_flight` calls are under way at a time; the rest wait their turn. A call that is
 cut short (by cancellation, by a server that does not answer, by a crash) leaves a pending, which
-`run` or `recover` settles; net/teller.py says how.
+`run` or `recover` settles; net/resolving.py says how.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
-from math import log
-from operator import itemgetter
 from typing import Final
 
 import trio
@@ -21,10 +18,15 @@ import trio
 from hpkvfs.errors import Misbehaviour, SpentElsewhere, StoreError, Unreachable, UserError
 from hpkvfs.net.epochs import Epochs
 from hpkvfs.net.line import Line
+from hpkvfs.net.moving import PACE, Mover, Pace
+from hpkvfs.net.order import Order
 from hpkvfs.net.proving import Prover
 from hpkvfs.net.purchases import Purchases
 from hpkvfs.net.refusals import out_of_place, refusal
-from hpkvfs.net.teller import Order, Teller
+from hpkvfs.net.reserve import Reserve
+from hpkvfs.net.teller import Teller
+from hpkvfs.net.tender import Tender
+from hpkvfs.net.till import Till
 from hpkvfs.net.transport import Dialer
 from hpkvfs.protocol.credential import Credential
 from hpkvfs.protocol.epoch import EpochParameters
@@ -35,7 +37,6 @@ from hpkvfs.protocol.messages import (
     Entry,
     InsertRequest,
     IssueRequest,
-    LookUpRequest,
     OpenEntryRequest,
     Reason,
     Refused,
@@ -51,19 +52,6 @@ MAX_IN_FLIGHT: Final = 16
 PATIENCE_SECONDS: Final = 20.0
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Mean seconds, each time drawn at random: between questions for new epochs; until a pair of
-    tokens moves into the newest epoch, from the one before and from older ones; between looks for
-    such pairs; between two that move in a hurry."""
-
-    notice: float = 6 * 3_600.0
-    move: float = 3_600.0
-    move_late: float = 300.0
-    look: float = 60.0
-    pause: float = 0.5
 
 
 class RemoteStore:
@@ -84,7 +72,7 @@ class RemoteStore:
         identity: bytes | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
         patience: float = PATIENCE_SECONDS,
-        pace: Pace = Pace(),
+        pace: Pace = PACE,
         prover: Prover | None = None,
     ) -> None:
         """`identity`: the key (32 bytes) in the server's onion address, if it has one; `prover`:
@@ -94,15 +82,21 @@ class RemoteStore:
         """
         line = Line(dialer, rng, patience)
         epochs = Epochs(journal, line, identity)
+        till = Till(journal, line, epochs, rng, prover)
         self._journal = journal
         self._line = line
-        self.purchases: Final = Purchases(journal, line, rng)
-        self._teller = Teller(journal, line, epochs, rng, 2 * max_in_flight, prover)
+        self._till = till
+        self._wallet = till.wallet
         self._pool_size = 2 * max_in_flight
-        self._pace = pace
-        self._rng = rng
-        self._resolving = trio.Lock()
         self._slots = trio.Semaphore(max_in_flight)
+        self._epochs = epochs
+        self._reserve = Reserve(till, epochs)
+        self._tender = Tender(till, epochs, self._reserve)
+        self._mover = Mover(self._tender, self._slots, pace, rng)
+        self._teller = Teller(till, self._tender, self._pool_size)
+        self._resolver = self._teller.resolver
+        self._resolving = trio.Lock()
+        self.purchases: Final = Purchases(journal, line, rng)
 
     # types.BlobStore
 
@@ -117,9 +111,8 @@ class RemoteStore:
 
     async def look_up(self, key: bytes) -> bytes | None:
         """See types.BlobStore.look_up."""
-        order = Order(Operation.LOOK_UP, lambda epoch: LookUpRequest(epoch, key))
         async with self._slots:
-            return (await self._teller.pay(order)).value
+            return await self._teller.look_up(key)
 
     async def delete(self, signer: Signer, digest: bytes, memo: bytes) -> None:
         """See types.BlobStore.delete."""
@@ -163,71 +156,71 @@ class RemoteStore:
         """Have credentials enough for `max_in_flight` calls at a time; free."""
 
         async def grow() -> None:
-            await self._teller.grow(await self.parameters())
+            await self._till.grow(await self.parameters())
 
-        while self._teller.wallet.size < self._pool_size:
+        while self._wallet.size < self._pool_size:
             async with self._slots:
-                await self._teller.surviving(grow)
+                await self._tender.surviving(grow)
 
     async def parameters(self) -> EpochParameters:
         """The newest epoch: number, tariff, issuer. Asked for once; Tagging if it changed."""
-        return await self._teller.newest()
+        return await self._tender.newest()
 
     @property
     def tariff(self) -> Tariff:
         """What operations cost in the newest epoch, as far as it is known."""
-        live = self._teller.epochs.live
+        live = self._epochs.live
         return live[-1].tariff if live else Tariff()
 
     @property
     def expired(self) -> int:
         """Tokens that were lost, since ever, with epochs that ended."""
-        book = self._teller.wallet.book
+        book = self._wallet.book
         return book.expired + book.lost
 
     @property
     def balance(self) -> Balance:
         """Tokens that can be spent, and tokens whose request is not settled."""
-        return self._teller.wallet.balance
+        return self._wallet.balance
 
     @property
     def conservation(self) -> Conservation:
         """Whether bought + refunded are held, pending, spent or expired, or there is a bug."""
-        return self._teller.wallet.conservation
+        return self._wallet.conservation
 
     # Breakglass entries
 
     async def refresh(self) -> EpochParameters:
         """The newest epoch, asked for anew."""
-        await self._teller.refresh()
-        return await self._teller.newest()
+        await self._tender.refresh()
+        return await self._tender.newest()
 
     @property
     def epochs_in_use(self) -> tuple[bytes, ...]:
         """Digests of the epochs whose tokens the server takes, as it last said; newest last."""
-        return self._teller.epochs.digests
+        return self._epochs.digests
 
     async def epoch(self, digest: bytes) -> EpochParameters:
         """An epoch's parameters, pinned or asked for."""
-        return await self._teller.epochs.get(digest)
+        return await self._epochs.get(digest)
 
     @property
     def newest_epoch(self) -> int | None:
         """Number of the newest epoch this client was ever shown."""
-        return self._teller.epochs.newest_number
+        return self._epochs.newest_number
 
     @property
     def reserve(self) -> list[Held]:
         """What ordinary calls do not spend while there is anything else."""
-        return self._teller.wallet.reserve
+        return self._wallet.reserve
 
     def spendable(self, epoch: bytes) -> int:
         """Tokens of one epoch that are neither reserved nor in a request."""
-        return self._teller.wallet.worth(epoch)
+        return self._wallet.worth(epoch)
 
     def release_reserve(self) -> None:
         """Let what is reserved be spent as anything else."""
-        self._teller.wallet.release_reserve()
+        self._wallet.release_reserve()
 
     async def fill_reserve(self, epoch: EpochParameters, amounts: Sequence[int]) -> None:
         """Reserve credentials of just these amounts, made by free reissues; EmptyWallet.
@@ -235,7 +228,7 @@ class RemoteStore:
         Durable with the journal's next commit.
         """
         async with self._slots:
-            await self._teller.fill_reserve(epoch, amounts)
+            await self._reserve.fill(epoch, amounts)
 
     async def store_entry(
         self, epoch: EpochParameters, signer: Signer, counter: int, value: bytes
@@ -276,7 +269,7 @@ class RemoteStore:
         settled sooner or later, whatever this raises.
         """
         async with self._slots:
-            await self._teller.claim(epoch, credential, note)
+            await self._reserve.claim(epoch, credential, note)
 
     # What was left pending
 
@@ -297,18 +290,18 @@ class RemoteStore:
         """
         failures: list[StoreError] = []
         async with self._resolving, self._slots:
-            self._teller.unstick()
-            while stranded := self._teller.stranded():
+            self._resolver.unstick()
+            while stranded := self._resolver.stranded():
                 try:
-                    await self._teller.resolve(stranded[0])
+                    await self._resolver.resolve(stranded[0])
                 except Unreachable:
                     raise
                 except SpentElsewhere as failure:
-                    if stranded[0].number in self._teller.wallet.pending:
+                    if stranded[0].number in self._wallet.pending:
                         failures.append(failure)
                     # else it was a claim, which is written off
                 except StoreError as failure:  # it is stuck now: the next round is for others
-                    if stranded[0].number in self._teller.wallet.pending:
+                    if stranded[0].number in self._wallet.pending:
                         failures.append(failure)
         if failures:
             raise failures[0]
@@ -319,13 +312,13 @@ class RemoteStore:
         """Resolve what is cut short, notice new epochs and move into them; until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._resolve_in_time)
-            nursery.start_soon(self._notice_in_time)
-            nursery.start_soon(self._move_in_time)
+            nursery.start_soon(self._mover.notice_in_time)
+            nursery.start_soon(self._mover.move_in_time)
 
     async def _resolve_in_time(self) -> None:
         pause = _FIRST_PAUSE
         while True:
-            await self._teller.any_stranded()
+            await self._resolver.any_stranded()
             try:
                 await self.resolve_pending()
                 pause = _FIRST_PAUSE
@@ -333,70 +326,16 @@ class RemoteStore:
                 await trio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    async def _notice_in_time(self) -> None:
-        """Ask for the epochs now and then; what differs from before is raised by whoever pays."""
-        while True:
-            await trio.sleep(self._random_time(self._pace.notice))
-            with suppress(StoreError):
-                await self._teller.refresh()
-
-    async def _move_in_time(self) -> None:
-        """Each pair of an older epoch leaves it at a random time of its own.
-
-        The times are exponential, so that it does not matter when the epoch was noticed or how
-        often this was interrupted: nothing happens at a moment that tells anything.
-        """
-        while True:
-            pairs = self._pairs_behind()
-            if not pairs:
-                await trio.sleep(self._random_time(self._pace.look))
-                continue
-            number = await self._next_to_move(pairs)
-            with suppress(StoreError):
-                await self._move_one(number)
-
-    async def _next_to_move(self, pairs: list[tuple[EpochParameters, float]]) -> EpochParameters:
-        """Sleep until the first of the pairs moves: each has a mean time of its own."""
-        times = [(self._random_time(mean), epoch) for epoch, mean in pairs]
-        time, epoch = min(times, key=itemgetter(0))
-        await trio.sleep(time)
-        return epoch
-
-    def _pairs_behind(self) -> list[tuple[EpochParameters, float]]:
-        """For each pair of credentials of an older epoch, the epoch and its mean time to move.
-
-        An epoch that two have followed may end at the next one: its tokens are in a hurry.
-        """
-        pairs: list[tuple[EpochParameters, float]] = []
-        for epoch in self._teller.behind():
-            mean = self._pace.move_late if self._teller.is_late(epoch) else self._pace.move
-            pairs += [(epoch, mean)] * -(-self._teller.left_behind(epoch) // 2)
-        return pairs
-
     async def move_late(self) -> None:
         """Move what is left in epochs that may end soon, with short random pauses in between.
 
         For who does not let `run` do it in time; StoreError.
         """
-        await self._move([one for one in self._teller.behind() if self._teller.is_late(one)])
+        await self._mover.move_late()
 
     async def gather(self) -> None:
         """Move everything into the newest epoch, likewise: a breakglass entry is of one epoch."""
-        await self._move(self._teller.behind())
-
-    async def _move(self, epochs: Sequence[EpochParameters]) -> None:
-        for epoch in epochs:
-            while await self._move_one(epoch):
-                await trio.sleep(self._random_time(self._pace.pause))
-
-    async def _move_one(self, epoch: EpochParameters) -> bool:
-        async with self._slots:
-            return await self._teller.move(epoch)
-
-    def _random_time(self, mean: float) -> float:
-        """Exponential, in seconds."""
-        uniform = (int.from_bytes(self._rng(8), "big") + 1) / 2**64
-        return -mean * log(uniform)
+        await self._mover.move_all()
 
 
 def _checked(reply: Entry, wanted: bytes) -> Entry:

@@ -15,8 +15,9 @@ from hpkvd.epochs import Epoch, Epochs, first_epoch, next_epoch
 from hpkvd.handler import Handler
 from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvd.payments import vouchers
+from hpkvfs.net.moving import Pace
 from hpkvfs.net.proving import Prover
-from hpkvfs.net.store import Pace, RemoteStore
+from hpkvfs.net.store import RemoteStore
 from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.tariff import Tariff
 from tests import books

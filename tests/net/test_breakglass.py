@@ -361,7 +361,7 @@ async def test_an_entry_that_could_not_be_filled_is_not_counted_on(world: World)
     carve, filled = Wallet.carve, set[int]()
 
     def first_only(self: Wallet, epoch: bytes, amount: int) -> Selection | None:
-        filled.add(client.store._teller.wallet.count_reserved(epoch))
+        filled.add(client.store._wallet.count_reserved(epoch))
         if 1 in filled:
             raise Unreachable("no answer")
         return carve(self, epoch, amount)

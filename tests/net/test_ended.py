@@ -229,8 +229,8 @@ async def test_what_was_moved_is_told_as_long_as_it_lives_where_it_went(
     await rotate(world, 2)
     store = await restarted(world)
     await store.parameters()
-    teller = store._teller
-    await cut_off(world, fault, teller.move, teller.behind()[0])
+    tender = store._tender
+    await cut_off(world, fault, tender.move, tender.behind()[0])
     if resolving is not None:
         store = await restarted(world)
         await cut_off(world, resolving, store.resolve_pending)
@@ -249,7 +249,7 @@ async def test_a_move_is_forgotten_with_the_epoch_it_went_to(world: World) -> No
     await rotate(world, 1)
     store = await restarted(world)
     await store.parameters()
-    await cut_off(world, Fault.HANG, store._teller.move, store._teller.behind()[0])
+    await cut_off(world, Fault.HANG, store._tender.move, store._tender.behind()[0])
     await rotate(world, 5)
     store = await restarted(world)
     await store.recover()

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpkvfs.errors import EmptyWallet, StoreError, Tagging
-from hpkvfs.net.store import Pace, RemoteStore
+from hpkvfs.net.moving import Pace
+from hpkvfs.net.store import RemoteStore
 from hpkvfs.protocol.messages import (
     ParametersRequest,
     Reason,
@@ -40,13 +41,13 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 def worth(store: RemoteStore, epoch: int) -> int:
     """Tokens of the epoch with this number."""
-    return store._teller.wallet.worth(chain(epoch)[-1].parameters.digest)
+    return store._wallet.worth(chain(epoch)[-1].parameters.digest)
 
 
 async def move_all(store: RemoteStore) -> None:
-    await store._teller.refresh()
-    for epoch in store._teller.behind():
-        while await store._teller.move(epoch):
+    await store._tender.refresh()
+    for epoch in store._tender.behind():
+        while await store._tender.move(epoch):
             pass
 
 
@@ -80,7 +81,7 @@ async def test_the_background_moves_at_times_of_its_own(world: World) -> None:
     """Not when a new epoch is noticed, and not all pairs at once."""
     store = await world.rich_client(1_000, pace=Pace(notice=0.1, move=0.5, look=0.01))
     await store.prime()
-    pairs = store._teller.wallet.size // 2
+    pairs = store._wallet.size // 2
     await world.rotate()
     times: list[float] = []
     answer = world.wire.answer
@@ -175,8 +176,8 @@ async def test_a_crash_in_the_middle_of_a_move(world: World, fault: Fault, rotat
     await world.rotate()
     store = await restarted(world)
     await store.parameters()
-    teller = store._teller
-    await cut_off(world, fault, teller.move, teller.behind()[0])
+    tender = store._tender
+    await cut_off(world, fault, tender.move, tender.behind()[0])
     assert store.conservation.holds and store.balance.pending
     for _ in range(rotations - 1):
         await world.rotate()
@@ -301,7 +302,7 @@ async def test_tagging_in_the_background_stops_the_client(world: World) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(store.run)
         with trio.fail_after(5):
-            while store._teller.epochs._tagging is None:
+            while store._epochs._tagging is None:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
     world.wire.alter = None
@@ -357,7 +358,7 @@ class LongLife(Life):
                 if self.world.rotations < 6:
                     await self.world.rotate(step.keep)
             case Refresh():
-                await self.tolerate(self.store._teller.refresh)
+                await self.tolerate(self.store._tender.refresh)
             case Move():
                 await self.tolerate(move_all, self.store)
             case _:

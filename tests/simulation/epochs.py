@@ -17,7 +17,8 @@ import trio
 
 from hpkvd.epochs import Schedule
 from hpkvd.ledger import Totals
-from hpkvfs.net.store import Pace, RemoteStore
+from hpkvfs.net.moving import Pace
+from hpkvfs.net.store import RemoteStore
 from hpkvfs.protocol.messages import (
     CredentialedRequest,
     Done,
@@ -98,6 +99,6 @@ def oldest_to_answer(frame: bytes, reply: bytes, in_use: Mapping[bytes, int]) ->
 def check_books(totals: Totals, store: RemoteStore) -> int:
     """Both books tell the same story; the tokens that are outstanding and nobody can spend."""
     gone = books.compare(totals, [store.conservation])
-    held = store._teller.wallet.epochs
+    held = store._wallet.epochs
     assert held <= set(store.epochs_in_use), "tokens are held that nobody accepts"
     return gone

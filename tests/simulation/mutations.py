@@ -28,7 +28,9 @@ from hpkvd.ledger.rules import Posting
 from hpkvd.ledger.sqlite import _Rows
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.redolog import RedoLog
+from hpkvfs.net.ended import Ended
 from hpkvfs.net.teller import Teller
+from hpkvfs.net.till import Till
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol.messages import Done, Fact
 from hpkvfs.protocol.tariff import Operation
@@ -170,17 +172,17 @@ def _journal_after_send() -> list[Replacement]:
 @_mutation
 def _unanswered_request_released() -> list[Replacement]:
     """What was never answered counts as never sent."""
-    perform = Teller._perform
+    perform = Till.perform
 
-    async def hopeful(self: Teller, pending: Pending, frame: bytes) -> Any:
+    async def hopeful(self: Till, pending: Pending, frame: bytes) -> Any:
         try:
             return await perform(self, pending, frame)
         except NoReply as failure:
             if failure.sent and pending.number in self.wallet.pending:
-                self._release(pending)
+                self.release(pending)
             raise
 
-    return [(Teller, "_perform", hopeful)]
+    return [(Till, "perform", hopeful)]
 
 
 @_mutation
@@ -199,20 +201,20 @@ def _settled_twice() -> list[Replacement]:
 @_mutation
 def _refused_credentials_shown_again() -> list[Replacement]:
     """After a refusal the same credentials go into another operation, and link the two."""
-    perform = Teller._perform
+    perform = Till.perform
 
-    async def careless(self: Teller, pending: Pending, frame: bytes) -> Any:
+    async def careless(self: Till, pending: Pending, frame: bytes) -> Any:
         try:
             return await perform(self, pending, frame)
         except hpkvfs.errors.Refusal:
             if pending.number in self.wallet.pending:
-                self._release(pending)
+                self.release(pending)
             raise
 
     async def nothing(self: Teller, pending: Pending) -> None:
         return None
 
-    return [(Teller, "_perform", careless), (Teller, "_resolved_at_once", nothing)]
+    return [(Till, "perform", careless), (Teller, "_resolved_at_once", nothing)]
 
 
 @_mutation
@@ -272,22 +274,22 @@ def _moves_forgotten_with_the_epoch_they_left() -> list[Replacement]:
 def _pending_of_an_ended_epoch_written_off_blindly() -> list[Replacement]:
     """Nobody asks whether it was performed."""
 
-    async def blind(self: Teller, pending: Pending) -> None:
+    async def blind(self: Ended, pending: Pending) -> None:
         await trio.lowlevel.checkpoint()
         self._lose(pending, done=False)
 
-    return [(Teller, "_find_out", blind)]
+    return [(Ended, "find_out", blind)]
 
 
 @_mutation
 def _pending_of_an_ended_epoch_taken_for_performed() -> list[Replacement]:
     """It gets its receipt without a look."""
 
-    async def hopeful(self: Teller, pending: Pending) -> bool:
+    async def hopeful(self: Ended, pending: Pending) -> bool:
         await trio.lowlevel.checkpoint()
         return pending.attempts[0].operation is Operation.INSERT
 
-    return [(Teller, "_is_there", hopeful)]
+    return [(Ended, "_is_there", hopeful)]
 
 
 # -- publication -----------------------------------------------------------------------------

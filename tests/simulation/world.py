@@ -432,7 +432,7 @@ class World:
     def _check_books(self, session: Session) -> int:
         totals = self.server.totals()
         gone = check_books(totals, session.store)
-        wallet, spent = session.store._teller.wallet, self.server.serials()
+        wallet, spent = session.store._wallet, self.server.serials()
         held = [one.credential for one in (*wallet.held(), *wallet.reserve)]
         self.watcher.check_nothing_forgotten(held, spent, set(self.server.in_use))
         presented = totals.serials // 2
