@@ -81,7 +81,8 @@ def start(
         descriptors += ["--password-fd", str(secret)]
     with _open_log(log) as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "hpkvfs", *arguments, *descriptors, "--", str(directory)],
+            # -P: with -m alone, modules in the user's current directory would come before ours
+            [sys.executable, "-P", "-m", "hpkvfs", *arguments, *descriptors, "--", str(directory)],
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,

@@ -20,6 +20,7 @@ import click
 from hpkvfs import care, control, keep, past, tokens, ui
 from hpkvfs.address import DEFAULT_SERVER
 from hpkvfs.errors import AlreadyInUse, HpkvError, UserError, VaultError
+from hpkvfs.guard import guard_memory
 from hpkvfs.settings import (
     Commands,
     Duration,
@@ -27,7 +28,6 @@ from hpkvfs.settings import (
     Settings,
     default_state,
     file_path,
-    guard_memory,
     json_option,
     pass_settings,
     prompt,
@@ -477,6 +477,7 @@ def _instead(shelf: str | None, snapshot: str | None) -> str:
 def _mount_in_background(settings: Settings, directory: Path, flags: list[str]) -> None:
     from hpkvfs import background
 
+    guard_memory()  # the password is here until the vault is mounted
     settings.address(settings.state.server)
     password = settings.password(settings.state)
     arguments = ["--state", str(settings.path)]

@@ -378,7 +378,7 @@ class Session:
         start, found = self.volume.known.anchor.next_id, list[BlobRef]()
 
         async def probe(number: int) -> None:
-            ref = await self.volume.find_blob(BlobId(number))
+            ref = await self.volume.find_own(BlobId(number))
             if ref is not None:
                 found.append(ref)
 

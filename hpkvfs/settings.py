@@ -19,6 +19,7 @@ import click
 from hpkvfs import control, ui
 from hpkvfs.address import Address
 from hpkvfs.errors import HpkvError, UserError
+from hpkvfs.guard import guard_memory
 
 if TYPE_CHECKING:
     from hpkvfs.mount import Vault
@@ -218,15 +219,6 @@ def prompt(what: str, option: str, *, twice: bool = False) -> str:
     except click.Abort:
         raise UserError(f"no {what} was given", f"give it with {option}") from None
     return text
-
-
-def guard_memory() -> None:
-    """No core dumps and no debuggers of this user's other programs: there are keys here."""
-    import ctypes
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
 
 
 def show(result: Result, as_json: bool, text: Callable[[Result], str]) -> None:

@@ -86,6 +86,7 @@ class StateDirectory:
             )
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)  # also one that was there: sizes and times of files tell
             self._write(
                 {
                     "format": FORMAT,

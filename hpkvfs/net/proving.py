@@ -7,7 +7,7 @@ else wants it. What they compute are functions of their arguments and fresh rand
 and journal stay where they are, and a helper that dies loses nothing: its request is worked out
 here instead.
 
-    mount --socketpair--> python -m hpkvfs.net.proving
+    mount --socketpair--> python -P -m hpkvfs.net.proving
 
     frame    u32 length || msgpack
     request  [issuer, epoch, operation, context, delta, [credential, ...], [amount, amount], into]
@@ -25,10 +25,8 @@ Invariants
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import resource
 import secrets as randomness
 import signal
 import socket
@@ -43,6 +41,7 @@ from typing import Any, Final, Protocol
 import msgpack
 import trio
 
+from hpkvfs.guard import guard_memory
 from hpkvfs.protocol.credential import Credential, Draft, IssuerParameters, Statement, prepare
 from hpkvfs.protocol.errors import BadIssuance, ProtocolError
 from hpkvfs.protocol.tariff import Operation
@@ -212,7 +211,7 @@ class _Helper:
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "hpkvfs.net.proving"],
+                    [sys.executable, "-P", "-m", "hpkvfs.net.proving"],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                 )
@@ -306,8 +305,7 @@ def _issuer(encoded: bytes) -> IssuerParameters:
 
 def main() -> None:
     """Serve the socket that is standard input."""
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    guard_memory()
     os.nice(NICENESS)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # its owner ends it

@@ -69,6 +69,11 @@ REQUEST: Final = Envelope(b"hpkq", REQUEST_SIZE)
 REPLY: Final = Envelope(b"hpkr", REPLY_SIZE)
 
 
+MOST_ELEMENTS: Final = 256
+"""Of any array. msgpack makes room for as many as a header announces before it has read one: frames
+of nested headers would take up gigabytes."""
+
+
 def pack(values: Sequence[object]) -> bytes:
     """The canonical msgpack of nested sequences of int, bytes and None."""
     packed: bytes = msgpack.packb(values)
@@ -78,7 +83,9 @@ def pack(values: Sequence[object]) -> bytes:
 def unpack(body: bytes) -> object:
     """Inverse of pack; Malformed unless packing the result gives the very same bytes."""
     try:
-        value: object = msgpack.unpackb(body, max_map_len=0, max_str_len=0, max_ext_len=0)
+        value: object = msgpack.unpackb(
+            body, max_array_len=MOST_ELEMENTS, max_map_len=0, max_str_len=0, max_ext_len=0
+        )
         canonical = msgpack.packb(value) == body
     except (ValueError, TypeError, OverflowError) as error:
         raise Malformed("a body is not msgpack") from error

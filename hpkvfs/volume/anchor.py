@@ -5,7 +5,9 @@ exists: the server refuses a second one, which is how two writers find out about
 
 Which anchors stay (the rest are dead and get collected), for newest generation n:
   - every binary prefix of n: n with its low l bits cleared, for each l;
-  - every power of two up to n.
+  - every power of two up to n;
+  - the last HANDOVERS that another writer published than the one before: whoever published that
+    one, and does not know yet that he is not alone, finds the key of his next anchor in use.
 So a client with nothing but the words finds n by searching for its highest bit (the powers of
 two are present exactly up to it) and then fixing the bits below it, two in a round of three
 look-ups: at most 2 log2(n) + 10 look-ups. An absent candidate always means "not reached yet".
@@ -23,15 +25,16 @@ from hpkvfs.errors import CorruptBlob, NewerFormat, VaultError
 from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, Generation, anchor_id
 from hpkvfs.volume.deadlist import DeadList, join_refs, split_refs
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _LENGTH = 4
 _EMPTY = DeadList()
 _NO_ID = BlobId(0)
+HANDOVERS: Final = 8
 _LADDER: Final = (2, 4, 8, 16)
 
 Round: TypeAlias = frozenset[Generation]
 Search: TypeAlias = Generator[Round, Round, Generation | None]
-_SHAPE = [int, int, bytes, int, int, bytes, bytes, *[int] * 5, list, bytes, int, list, int]
+_SHAPE = [int, int, bytes, int, int, bytes, bytes, *[int] * 5, list, bytes, int, list, int, list]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,9 @@ class Anchor:
     tables: the snapshots' records (snapshots.py); horizon: next_id of the newest snapshot, 0
     when there is none; held: that snapshot's held list; held_before: entries in those of the
     older ones.
+
+    handovers: at most HANDOVERS generations, the newest last, that another writer published than
+    the one before.
     """
 
     generation: Generation
@@ -63,6 +69,7 @@ class Anchor:
     horizon: BlobId = _NO_ID
     held: DeadList = _EMPTY
     held_before: int = 0
+    handovers: tuple[Generation, ...] = ()
 
     def encode(self) -> bytes:
         """A 16,384-byte payload; ValueError when it does not fit (spill the dead list)."""
@@ -84,6 +91,7 @@ class Anchor:
             self.horizon,
             self.held.encode(),
             self.held_before,
+            list(self.handovers),
         ]
         body: bytes = msgpack.packb(fields, use_bin_type=True)
         if len(body) + _LENGTH > PAYLOAD_SIZE:
@@ -100,7 +108,8 @@ class Anchor:
             raise CorruptBlob("an anchor is damaged")
         try:
             _, generation, writer, redo, time, root, kept, *rest = fields
-            next_id, next_ino, live, size, files, dead, tables, horizon, held, held_before = rest
+            next_id, next_ino, live, size, files, dead, tables, horizon, held, *last = rest
+            held_before, handovers = last
             anchor = cls(
                 generation,
                 writer,
@@ -118,6 +127,7 @@ class Anchor:
                 horizon,
                 DeadList.decode(held),
                 held_before,
+                _generations(handovers),
             )
             canonical = anchor.encode() == payload and min(f for f in fields if type(f) is int) >= 0
         except (ValueError, TypeError):
@@ -150,6 +160,12 @@ def _unpack(payload: bytes) -> list[Any]:
     return fields
 
 
+def _generations(numbers: list[Any]) -> tuple[Generation, ...]:
+    if len(numbers) > HANDOVERS or any(type(one) is not int or one < 0 for one in numbers):
+        raise ValueError("not handovers")
+    return tuple(map(Generation, numbers))
+
+
 def kept_generations(newest: Generation) -> set[Generation]:
     """The generations whose anchors stay while `newest` is the newest, itself included."""
     bits = range(newest.bit_length() + 1)
@@ -158,9 +174,19 @@ def kept_generations(newest: Generation) -> set[Generation]:
     return prefixes | powers
 
 
-def successors(previous: Anchor, ref: BlobRef) -> tuple[tuple[BlobRef, ...], list[BlobRef]]:
+def handed_over(previous: Anchor, writer: bytes) -> tuple[Generation, ...]:
+    """The handovers once this writer published the generation after `previous`."""
+    if writer == previous.writer:
+        return previous.handovers
+    return (*previous.handovers, Generation(previous.generation + 1))[-HANDOVERS:]
+
+
+def successors(
+    previous: Anchor, ref: BlobRef, handovers: tuple[Generation, ...]
+) -> tuple[tuple[BlobRef, ...], list[BlobRef]]:
     """(kept, dead) among the stored anchors once the generation after `previous` exists."""
-    stay = {anchor_id(n) for n in kept_generations(Generation(previous.generation + 1))}
+    newest = Generation(previous.generation + 1)
+    stay = {anchor_id(n) for n in kept_generations(newest).union(handovers)}
     stored = [*previous.kept, ref]
     kept = tuple(old for old in stored if old.id in stay)
     return kept, [old for old in stored if old.id not in stay]

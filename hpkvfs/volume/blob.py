@@ -1,7 +1,11 @@
 """Seal and open blobs: 16,384 bytes of payload to 16,433 bytes the server sees.
 
     E (33) || ChaCha20-Poly1305(key, nonce 0, payload, aad = tag || pubkey) (16,400)
-    key = HKDF-SHA256(ECDH(e, pubkey), salt = tag, info = E || pubkey)
+    key = HKDF-SHA256(ECDH(e, pubkey), salt = the vault's secret for the tag, info = E || pubkey)
+
+ECDH alone would let whoever knows a storage key, and so the server, seal a blob for it: its owner
+would take an anchor that he finds under its number, where no digest says what is to be there, for
+one of his own. The salt is as secret as the root key, so that what opens was sealed by the vault.
 
 A blob that was opened, or sealed here, is kept as its payload with E and key beside it (Opened):
 from these the very same blob can be made again, byte by byte, without ECDH and without e.
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -82,6 +87,7 @@ class Sealer:
     def __init__(self, keys: VaultKeys, rng: Callable[[int], bytes]) -> None:
         self._keys = keys
         self._rng = rng
+        self._salts = {kind: keys.sealing(kind.value) for kind in Kind}
 
     def seal(self, blob_id: BlobId, kind: Kind, payload: bytes) -> tuple[BlobRef, bytes]:
         """Seal a 16,384-byte payload under the id's key: its reference and 16,433 bytes."""
@@ -93,7 +99,7 @@ class Sealer:
             raise ValueError(f"a payload has {PAYLOAD_SIZE} bytes, not {len(payload)}")
         public = self._keys.signer(blob_id).public
         ephemeral = SigningKey(self._rng(32))
-        key = _key(ephemeral.shared(public), kind, ephemeral.public, public)
+        key = self._key(ephemeral.shared(public), kind, ephemeral.public, public)
         opened = Opened(kind, ephemeral.public, key, payload)
         blob = _seal(opened, public)
         return self.reference(blob_id, blob), blob, opened
@@ -121,25 +127,32 @@ class Sealer:
         """As open, where no digest is known (an anchor found by its number)."""
         return self._unseal(blob_id, kind, blob).payload
 
+    def is_ours(self, blob_id: BlobId, blob: bytes) -> bool:
+        """Whether this vault sealed it for this id, as a blob of whatever kind."""
+        for kind in Kind:
+            with suppress(CorruptBlob):
+                self._unseal(blob_id, kind, blob)
+                return True
+        return False
+
     def _unseal(self, blob_id: BlobId, kind: Kind, blob: bytes) -> Opened:
         if len(blob) != BLOB_SIZE:
             raise CorruptBlob(f"{BlobRef(blob_id, b'')!r} has {len(blob)} bytes")
         signer = self._keys.signer(blob_id)
         point = blob[:_POINT]
         try:
-            key = _key(signer.shared(point), kind, point, signer.public)
+            key = self._key(signer.shared(point), kind, point, signer.public)
             aad = kind.value + signer.public
             payload = ChaCha20Poly1305(key).decrypt(_NONCE, blob[_POINT:], aad)
         except (InvalidTag, ProtocolError, ValueError):
             raise CorruptBlob(f"{BlobRef(blob_id, b'')!r} does not open") from None
         return Opened(kind, point, key, payload)
 
+    def _key(self, shared: bytes, kind: Kind, point: bytes, public: bytes) -> bytes:
+        hkdf = HKDF(hashes.SHA256(), length=32, salt=self._salts[kind], info=point + public)
+        return hkdf.derive(shared)
+
 
 def _seal(opened: Opened, public: bytes) -> bytes:
     aad = opened.kind.value + public
     return opened.point + ChaCha20Poly1305(opened.key).encrypt(_NONCE, opened.payload, aad)
-
-
-def _key(shared: bytes, kind: Kind, point: bytes, public: bytes) -> bytes:
-    hkdf = HKDF(hashes.SHA256(), length=32, salt=kind.value, info=point + public)
-    return hkdf.derive(shared)

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 from hpkvfs.tree import btree
 from hpkvfs.tree.node import Node
 from hpkvfs.types import BlobId, BlobRef, Generation, Missing, anchor_id
-from hpkvfs.volume.anchor import Anchor, successors
+from hpkvfs.volume.anchor import Anchor, handed_over, successors
 from hpkvfs.volume.blob import Kind, Opened, Sealer
 from hpkvfs.volume.deadlist import INLINE_HELD, Dead, DeadList
 from hpkvfs.volume.items import (
@@ -344,8 +344,9 @@ def _bury(base: Base, anchor: Anchor, freed: list[BlobRef], maker: _Maker) -> An
     gone = list(base.orphans)
     dead = anchor.dead
     if base.known is not None:
-        kept, collected = successors(base.known.anchor, base.known.ref)
-        anchor = replace(anchor, kept=kept)
+        handovers = handed_over(base.known.anchor, base.writer)
+        kept, collected = successors(base.known.anchor, base.known.ref, handovers)
+        anchor = replace(anchor, kept=kept, handovers=handovers)
         gone += collected
     if base.remaining is not None:
         dead = DeadList().add(base.remaining, maker.page)

@@ -25,7 +25,7 @@ from hpkvfs.types import PAYLOAD_SIZE, REF_SIZE, BlobRef, Generation
 _DIED = struct.Struct(">Q")
 _HEADER = struct.Struct(">BH")
 ENTRY_SIZE = REF_SIZE + _DIED.size
-INLINE_ENTRIES = 100
+INLINE_ENTRIES = 90
 INLINE_HELD = 50
 INLINE_PAGES = 16
 _FAN = INLINE_PAGES + 1

@@ -75,6 +75,10 @@ class VaultKeys:
         """A 32-byte symmetric key for one local purpose ("cache", "redo", "wallet", ...)."""
         return hmac.digest(self._root, b"local/" + label.encode(), hashlib.sha256)
 
+    def sealing(self, tag: bytes) -> bytes:
+        """32 secret bytes that go into the key of every blob of one kind (volume/blob.py)."""
+        return hmac.digest(self._root, b"seal/" + tag, hashlib.sha256)
+
     @property
     def fingerprint(self) -> bytes:
         """16 bytes that tell two vaults apart and reveal nothing about either."""

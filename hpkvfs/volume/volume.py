@@ -336,9 +336,16 @@ class Volume:
         return open_anchor(self.sealer, generation, blob)
 
     async def find_blob(self, blob_id: BlobId) -> BlobRef | None:
-        """Look up whatever lies under an id, for blobs whose digest was lost."""
+        """Look up whatever lies under an id."""
         blob = await self.store.look_up(self.keys.signer(blob_id).public)
         return self.sealer.reference(blob_id, blob) if blob else None
+
+    async def find_own(self, blob_id: BlobId) -> BlobRef | None:
+        """As find_blob, for blobs whose digest was lost: what this vault did not make is none."""
+        blob = await self.store.look_up(self.keys.signer(blob_id).public)
+        if blob is None or not self.sealer.is_ours(blob_id, blob):
+            return None
+        return self.sealer.reference(blob_id, blob)
 
 
 def open_anchor(sealer: Sealer, generation: Generation, blob: bytes) -> Known:

@@ -37,6 +37,7 @@ from hpkvd.commands.takings import takings
 from hpkvd.config import Config
 from hpkvd.ledger import Totals, urls
 from hpkvd.payments import vouchers
+from hpkvfs.guard import guard_memory
 from hpkvfs.protocol.credential import AMOUNT_LIMIT
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.tariff import Tariff
@@ -50,6 +51,7 @@ from hpkvfs.types import BLOB_SIZE
 def main() -> None:
     """A server of blobs that does not know whose they are."""
     os.umask(0o077)
+    guard_memory()
 
 
 for _command in (serve, worker, check, backup, restore, migrate, income, takings, plan):

@@ -267,8 +267,8 @@ def _cause(code: int) -> str:
 
 
 def command(*arguments: str) -> list[str]:
-    """How this program is run again."""
-    return [sys.executable, "-m", "hpkvd", *arguments]
+    """How this program is run again; -P, or modules in the current directory would come first."""
+    return [sys.executable, "-P", "-m", "hpkvd", *arguments]
 
 
 def cores() -> int:

@@ -34,11 +34,16 @@ from hpkvfs.protocol.messages import (
     Request,
 )
 from hpkvfs.protocol.tariff import Operation
-from hpkvfs.session import Session
-from hpkvfs.types import BlobId, Generation
+from hpkvfs.session import PROBE_GAP, Session
+from hpkvfs.types import BLOB_SIZE, BlobId, Generation
+from hpkvfs.volume.anchor import Anchor
+from hpkvfs.volume.blob import Kind, Sealer
+from hpkvfs.volume.deadlist import DeadList
+from hpkvfs.volume.keys import VaultKeys
 from tests.adversary.vault import Vault, read, vault
 from tests.fs.play import Tree, play, tree
 from tests.net.harness import epoch_one, identity
+from tests.volume.test_keys_and_blobs import sealed_by_the_server
 
 LATER = ("write", (b"b",), 5_000, b"later" * 4_000)
 
@@ -219,6 +224,84 @@ async def test_a_generation_that_existed_and_is_withheld_from_the_words(cheated:
         generation, _ = await session.recover()
         assert generation == 0
     await cheated.assert_well(expected, machine="second")
+
+
+NOTHING = Anchor(
+    Generation(1), b"stranger", 0, 0, None, (), BlobId(100), 50, 0, 0, 1, DeadList()
+)  # fmt: skip
+
+
+async def shown_an_empty_vault(cheated: Vault) -> Tree:
+    """The tree of a client to which the server shows a next generation that it made up itself.
+
+    It knows the storage key, since that is what it is asked for; and FORMAT.md."""
+    key = cheated.anchor_key(1)
+    made_up = sealed_by_the_server(key, Kind.ANCHOR, NOTHING.encode())
+
+    def lie(request: Request, reply: Reply) -> Reply | None:
+        if isinstance(request, LookUpRequest) and request.key == key:
+            assert isinstance(reply, Done)
+            return replace(reply, fact=replace(reply.fact, outcome=Outcome.FOUND), value=made_up)
+        return None
+
+    cheated.lie(lie)
+    return await tree_of(cheated)
+
+
+async def test_a_newer_generation_that_is_made_up(cheated: Vault) -> None:
+    expected = await tree_of(cheated)
+    with pytest.raises(CorruptBlob, match="does not open"):
+        await shown_an_empty_vault(cheated)
+    assert cheated.told
+    await cheated.assert_well(expected)
+
+
+async def test_a_vault_sealed_with_what_the_server_knows_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: with the tag for a salt, all is gone without a word."""
+    monkeypatch.setattr(VaultKeys, "sealing", lambda keys, tag: tag)
+    async with vault(tmp_path) as cheated:
+        assert len(await tree_of(cheated)) > 1
+        with pytest.raises(FileNotFoundError):  # not even a root directory
+            await shown_an_empty_vault(cheated)
+
+
+BAIT = 200
+"""As many blobs as the server makes up, one look-up of a token each, before it gives up."""
+
+
+async def orphans_found(cheated: Vault) -> int:
+    """By who comes back from the words, and finds something under every key he asks for."""
+
+    def lie(request: Request, reply: Reply) -> Reply | None:
+        is_miss = isinstance(reply, Done) and reply.fact.outcome is Outcome.ABSENT
+        if not is_miss or not isinstance(request, LookUpRequest) or cheated.told == BAIT:
+            return None
+        if request.key in {cheated.anchor_key(one) for one in (1, 2, 4, 16, 256, 65_536)}:
+            return None
+        fact, bait = replace(reply.fact, outcome=Outcome.FOUND), secrets.token_bytes(BLOB_SIZE)
+        return replace(reply, fact=fact, value=bait)
+
+    cheated.lie(lie)
+    async with cheated.session("second") as session:
+        await session.redeem(cheated.world.voucher(500))
+        return (await session.recover())[1]
+
+
+async def test_blobs_without_end_after_the_last(cheated: Vault) -> None:
+    expected = await tree_of(cheated)
+    assert await orphans_found(cheated) == 0
+    assert cheated.told == PROBE_GAP
+    await cheated.assert_well(expected, machine="second")
+
+
+async def test_who_takes_whatever_is_there_for_his_own_goes_on_looking(
+    cheated: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control."""
+    monkeypatch.setattr(Sealer, "is_ours", lambda *_: True)
+    assert await orphans_found(cheated) == cheated.told == BAIT
 
 
 # -- money -----------------------------------------------------------------------------------

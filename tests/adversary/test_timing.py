@@ -6,6 +6,7 @@ with a negative control: the same eyes on a client that does not hide it do see 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,13 @@ from hpkvfs import parallel, session
 from hpkvfs.fs import publisher
 from hpkvfs.net.store import MAX_IN_FLIGHT, RemoteStore
 from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
-from hpkvfs.protocol.messages import DeleteRequest, InsertRequest, Request, decode_request
+from hpkvfs.protocol.messages import (
+    DeleteRequest,
+    InsertRequest,
+    LookUpRequest,
+    Request,
+    decode_request,
+)
 from hpkvfs.session import Session
 from hpkvfs.types import BlobId
 from tests.adversary.vault import Vault, vault
@@ -174,6 +181,36 @@ async def test_without_it_one_moment_has_them_all(
     await live(made)
     assert len(set(diary.times(InsertRequest))) == 1
     assert len(set(diary.times(DeleteRequest))) == 1
+
+
+async def key_in_common(watched: tuple[Vault, Diary]) -> int:
+    """How many keys came in more than one of a session's publications, but the first."""
+    made, diary = watched
+    seen: list[set[bytes]] = []
+    async with made.session() as opened:
+        await opened.connect()
+        for number in range(12):
+            diary.arrivals.clear()
+            await play(opened, ("write", (b"b",), 0, bytes([number]) * 9_000))
+            await opened.publish()
+            asked = (request for _, request in diary.arrivals)
+            seen.append(
+                {one.key for one in asked if isinstance(one, InsertRequest | LookUpRequest)}
+            )
+    every = Counter(key for keys in seen[1:] for key in keys)
+    return sum(1 for times in every.values() if times > 1)
+
+
+async def test_publications_have_no_key_in_common(watched: tuple[Vault, Diary]) -> None:
+    assert await key_in_common(watched) == 0
+
+
+async def test_who_looks_for_others_before_each_anchor_chains_them(
+    watched: tuple[Vault, Diary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: the anchors that are not there yet are the same ones each time."""
+    monkeypatch.setattr(publisher, "SURE", 0)
+    assert await key_in_common(watched) > 0
 
 
 @asynccontextmanager

@@ -14,7 +14,10 @@ import click
 import pytest
 from click.testing import Result
 
+from hpkvd import supervisor
+from hpkvfs import background
 from hpkvfs.cli import main
+from hpkvfs.errors import HpkvError
 from hpkvfs.session import Options
 from hpkvfs.settings import Settings
 from hpkvfs.volume.keys import check_words
@@ -78,11 +81,46 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+PLANTED = "from pathlib import Path\nPath('ran').touch()\nraise SystemExit(0)\n"
+
+
+@pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning")  # it is left running, as a rule
+def test_modules_in_the_current_directory_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever can write to where a vault is mounted from could have had its keys."""
+    for name in ("hpkvfs.py", "hpkvd.py", "click.py"):
+        (tmp_path / name).write_text(PLANTED)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HpkvError, match="ended without a word"):  # but it did run
+        background.start(["--version"], tmp_path, None, tmp_path / "log", print, print)
+    assert "hpkvfs " in (tmp_path / "log").read_text()
+    server = subprocess.run(supervisor.command("--help"), capture_output=True, check=True)
+    assert b"hpkvd" in server.stdout
+    assert not (tmp_path / "ran").exists()
+    subprocess.run([sys.executable, "-m", "hpkvfs"], check=True)  # the negative control
+    assert (tmp_path / "ran").exists()
+
+
+def test_the_password_is_asked_for_where_memory_is_guarded(
+    hpkvfs: Hpkvfs, vault: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by the process that only starts the one that mounts."""
+    order: list[str] = []
+    monkeypatch.setattr("hpkvfs.cli.guard_memory", lambda: order.append("guard"))
+    monkeypatch.setattr(Settings, "password", lambda *_: order.append("password"))
+    monkeypatch.setattr(background, "start", lambda *_: order.append("start"))
+    hpkvfs("mount", vault)
+    assert order == ["guard", "password", "start"]
+
+
 # -- init ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", ["12", "24"])
 def test_init_shows_words_that_are_valid(hpkvfs: Hpkvfs, state: Path, count: str) -> None:
+    state.mkdir()
+    state.chmod(0o755)  # as a directory is that was made by hand
     result = hpkvfs("init", "--no-password", "--words", count)
     words = " ".join(word for word in result.stdout.split() if not word.isdigit())
     assert len(words.split()) == int(count)

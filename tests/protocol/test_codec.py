@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,6 +52,26 @@ def test_a_flipped_bit_outside_the_body_is_refused(body: bytes, place: int, bit:
     elif not 6 <= place < HEADER.size:
         with pytest.raises(Malformed):
             REQUEST.unwrap(bytes(frame))
+
+
+def peak_of_decoding(body: bytes) -> int:
+    """Bytes of memory at most."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(Malformed):
+            codec.unpack(body)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_headers_that_announce_much_take_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays in arrays, each said to have thousands of elements, in a frame that has none."""
+    announced = (b"\xdc" + (9_000).to_bytes(2, "big")) * 500
+    body = announced.ljust(REQUEST.room, b"\0")
+    assert peak_of_decoding(body) < 2**20
+    monkeypatch.setattr(codec, "MOST_ELEMENTS", len(body))  # the negative control
+    assert peak_of_decoding(body) > 30 * 2**20
 
 
 def test_a_length_that_takes_in_padding_is_another_body() -> None:

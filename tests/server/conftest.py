@@ -20,6 +20,12 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(autouse=True)
+def memory_is_not_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is for good, and this process runs other tests too."""
+    monkeypatch.setattr("hpkvd.cli.guard_memory", lambda: None)
+
+
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[LocalServer]:
     """A handler with a ledger of its own, in this process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import secrets
 import select
 import signal
@@ -18,7 +19,7 @@ import pytest
 from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
 from hpkvfs.protocol.group import SigningKey
 from hpkvfs.protocol.messages import Done, Reason, Refused, Spent, decode_reply
-from tests.server.customers import Crowd, funded
+from tests.server.customers import Crowd, funded, workers
 from tests.server.support import (
     ROOT,
     ServerProcess,
@@ -128,7 +129,9 @@ def test_ready_fd_gets_the_address(data: Path) -> None:
 
 
 def test_no_secret_is_in_a_log_or_a_key_in_a_name(server: ServerProcess) -> None:
-    """Whatever a request holds, nothing of it is told."""
+    """Whatever a request holds, nothing of it is told; nor is there a core file to have it."""
+    for process in (server.process.pid, *workers(server)):
+        assert resource.prlimit(process, resource.RLIMIT_CORE) == (0, 0)
     purse = funded(server, 1000)
     key = SigningKey(secrets.token_bytes(32))
     purchase = purse.look_up(key.public)

@@ -50,6 +50,7 @@ def _collected_anchor_taken_for_a_free_one() -> list[Replacement]:
     return [
         (hpkvfs.session, "heralds", next_one),
         (hpkvfs.fs.publisher, "heralds", next_one),
+        (hpkvfs.volume.commit, "handed_over", lambda previous, writer: ()),
     ]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 
 from hpkvfs.errors import CorruptBlob, NewerFormat, VaultError
 from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, Generation, anchor_id
-from hpkvfs.volume.anchor import Anchor, find_newest, heralds, kept_generations, successors
+from hpkvfs.volume.anchor import (
+    HANDOVERS,
+    Anchor,
+    find_newest,
+    handed_over,
+    heralds,
+    kept_generations,
+    successors,
+)
 from hpkvfs.volume.deadlist import (
     INLINE_ENTRIES,
     INLINE_HELD,
@@ -48,6 +57,7 @@ ANCHORS = st.builds(
     horizon=st.integers(0, 2**63).map(BlobId),
     held=LISTS,
     held_before=st.integers(0, 2**40),
+    handovers=st.lists(st.integers(0, 2**40).map(Generation), max_size=HANDOVERS).map(tuple),
 )
 
 
@@ -68,7 +78,7 @@ def test_a_damaged_anchor_raises_what_is_declared(anchor: Anchor, place: int, fl
 
 @pytest.mark.parametrize(
     ("version", "error", "said"),
-    [(3, NewerFormat, "format 3, newer"), (1, VaultError, "format 1, older")],
+    [(4, NewerFormat, "format 4, newer"), (2, VaultError, "format 2, older")],
 )
 def test_another_format_is_named(version: int, error: type[VaultError], said: str) -> None:
     payload = bytes([0, 0, 0, 2, 0x91, version]).ljust(PAYLOAD_SIZE, b"\0")
@@ -84,10 +94,10 @@ def test_the_fullest_anchor_fits_its_blob() -> None:
         DeadList((Dead(ref, most),) * inline, ((ref,) * INLINE_PAGES,) * 4, 2**40)
         for inline in (INLINE_ENTRIES, INLINE_HELD)
     )
-    kept = (ref,) * len(kept_generations(most))
+    kept = (ref,) * (len(kept_generations(most)) + HANDOVERS)
     big, tables = 2**63 - 1, (ref,) * MAX_TABLES
     anchor = Anchor(most, b"w" * 8, big, big, ref, kept, BlobId(big), big, big, big, big, dead,
-                    tables, BlobId(big), held, big)  # fmt: skip
+                    tables, BlobId(big), held, big, (most,) * HANDOVERS)  # fmt: skip
     assert Anchor.decode(anchor.encode()) == anchor
 
 
@@ -156,13 +166,32 @@ def test_each_anchor_is_kept_as_long_as_needed_and_then_listed_dead_once() -> No
     died: list[BlobId] = []
     for n in range(200):
         ref = BlobRef(anchor_id(Generation(n)), bytes(32))
-        kept, dead = successors(anchor, ref)
+        kept, dead = successors(anchor, ref, ())
         died += (old.id for old in dead)
         stay = {anchor_id(g) for g in kept_generations(Generation(n + 1))}
         assert {old.id for old in kept} == stay - {anchor_id(Generation(n + 1))}
         fields = {name: getattr(anchor, name) for name in Anchor.__slots__}
         anchor = Anchor(**{**fields, "generation": Generation(n + 1), "kept": kept})
     assert len(died) == len(set(died)) == 201 - len(kept) - 1
+
+
+def test_the_first_anchor_of_each_of_the_last_writers_stays() -> None:
+    """Whoever published the one before finds it in his way, however far others went."""
+    anchor = Anchor(Generation(0), b"a", 0, 0, None, (), BlobId(0), 1, 0, 0, 0, DeadList())
+    first: list[Generation] = []
+    for n in range(1, 400):
+        writer = b"ab"[n // 17 % 2 :][:1]
+        if writer != anchor.writer:
+            first.append(Generation(n))
+        handovers = handed_over(anchor, writer)
+        kept, _ = successors(anchor, BlobRef(anchor_id(anchor.generation), bytes(32)), handovers)
+        assert handovers == tuple(first[-HANDOVERS:])
+        assert {anchor_id(one) for one in handovers if one < n} <= {ref.id for ref in kept}
+        assert len(kept) <= len(kept_generations(Generation(n))) - 1 + HANDOVERS
+        anchor = replace(
+            anchor, generation=Generation(n), writer=writer, kept=kept, handovers=handovers
+        )
+    assert first == [Generation(n) for n in range(17, 400, 17)]
 
 
 @settings(deadline=None)

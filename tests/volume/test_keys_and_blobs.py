@@ -8,10 +8,14 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpkvfs.errors import CorruptBlob, UserError
+from hpkvfs.protocol.group import SigningKey
 from hpkvfs.types import ANCHOR_BIT, BLOB_SIZE, PAYLOAD_SIZE, BlobId, BlobRef
 from hpkvfs.volume.blob import Kind, Opened, Sealer, payload_of
 from hpkvfs.volume.keys import VaultKeys, check_words, make_words
@@ -100,6 +104,25 @@ def test_a_blob_is_good_for_one_id_one_kind_and_one_vault() -> None:
             opener.open(BlobRef(blob_id, ref.digest), kind, blob)
     with pytest.raises(CorruptBlob):
         sealer.open_unreferenced(ref.id, Kind.NODE, blob[:-1])
+
+
+def sealed_by_the_server(public: bytes, kind: Kind, payload: bytes) -> bytes:
+    """As well as anybody can who has FORMAT.md and the storage key."""
+    ephemeral = SigningKey(os.urandom(32))
+    salt, info = kind.value, ephemeral.public + public
+    hkdf = HKDF(hashes.SHA256(), length=32, salt=salt, info=info)
+    cipher = ChaCha20Poly1305(hkdf.derive(ephemeral.shared(public)))
+    return ephemeral.public + cipher.encrypt(bytes(12), payload, kind.value + public)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_who_knows_a_storage_key_cannot_seal_for_it(kind: Kind) -> None:
+    sealer, blob_id = Sealer(KEYS, os.urandom), BlobId(ANCHOR_BIT | 3)
+    made_up = sealed_by_the_server(KEYS.signer(blob_id).public, kind, PAYLOAD)
+    with pytest.raises(CorruptBlob, match="does not open"):
+        sealer.open_unreferenced(blob_id, kind, made_up)
+    assert not sealer.is_ours(blob_id, made_up)
+    assert sealer.is_ours(blob_id, sealer.seal(blob_id, kind, PAYLOAD)[1])
 
 
 def test_only_whole_payloads_are_sealed() -> None:

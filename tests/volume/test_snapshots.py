@@ -66,7 +66,7 @@ def test_an_anchor_is_that_of_the_vectors() -> None:
 
     anchor = Anchor(
         Generation(42), b"w" * 8, 3, 10**18, ref(7), (ref(2**63 + 40),), BlobId(12), 5, 2, 100, 3,
-        one(4), (ref(11),), BlobId(9), one(5), 50,
+        one(4), (ref(11),), BlobId(9), one(5), 50, (Generation(40),),
     )  # fmt: skip
     assert anchor.encode().rstrip(b"\0").hex() == VECTORS["anchor"]
 
