@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from hpkvd.epochs import Schedule
-from hpkvd.payments import Mints, Node, Prices
+from hpkvd.payments import LONGEST_EXPIRY, Mints, Node, Prices
 from hpkvd.service import Limits
 from hpkvfs.protocol.messages import MAX_DELTA, MAX_EPOCHS, MAX_PLACE, MAX_PLACES
 from hpkvfs.protocol.tariff import Tariff
@@ -192,7 +192,7 @@ def _check_payments(config: Config) -> None:
         raise ConfigError("payments.tokens_per_ksat must be positive")
     if node.kind not in ("", "cln", "lnd", "mint"):
         raise ConfigError('lightning.kind must be "cln", "lnd", "mint" or ""')
-    if node.kind and not 60 <= node.expiry <= 7 * 86_400:
+    if node.kind and not 60 <= node.expiry <= LONGEST_EXPIRY:
         raise ConfigError("an invoice can be paid for from a minute to a week (lightning.expiry)")
     if node.kind in ("cln", "lnd") and not node.secret_file:
         raise ConfigError("lightning.secret_file must name the file of the rune or macaroon")

@@ -22,8 +22,13 @@ class _Json(logging.Formatter):
 
 
 def start(*, as_json: bool = False) -> None:
-    """Send what is told to standard error, one line each: text, or objects of JSON."""
+    """Send what is told to standard error, one line each: text, or objects of JSON.
+
+    Only what is told here. Libraries have logs of their own, and know nothing of the rule above:
+    httpx names each URL, and in a node's or a mint's URLs are payment hashes and quotes.
+    """
     handler = logging.StreamHandler()
+    handler.addFilter(logging.Filter(_log.name))
     handler.setFormatter(_Json() if as_json else logging.Formatter("hpkvd: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
 

@@ -50,7 +50,7 @@ class Constants:
     postgresql_blob_bytes: float = 17_370.0
     sqlite_request_bytes: float = 690.0
     postgresql_request_bytes: float = 946.0
-    sqlite_entry_bytes: float = 4_700.0
+    sqlite_entry_bytes: float = 1_590.0
     postgresql_entry_bytes: float = 1_280.0
     log_bytes: float = 18_840.0
     space_ratio: float = 1.05

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.payments.mint import MintProcess
-from tests.payments.nodes import Cln
+from tests.payments.nodes import Cln, change_settings, take_invoices
 from tests.payments.shop import hpkvd
 from tests.server.postgres import Cluster
 from tests.server.support import ServerProcess
@@ -39,18 +39,8 @@ def data(mint: MintProcess, node: Cln, tmp_path: Path) -> Path:
     """A data directory whose server takes ecash of the mint, and invoices of the node."""
     data = tmp_path / "data"
     assert hpkvd("init", data=data).exit_code == 0
-    (data / "rune").write_bytes(node.secret_file)
-    path = data / "hpkvd.toml"
-    text = path.read_text()
-    for old, new in (
-        ("mints = []", f'mints = ["{mint.url}"]'),
-        ('kind = ""', 'kind = "cln"'),
-        ('url = ""', f'url = "{node.url}"'),
-        ('secret_file = ""', 'secret_file = "rune"'),
-    ):
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    path.write_text(text)
+    take_invoices(data, node.url)
+    change_settings(data, {"mints = []": f'mints = ["{mint.url}"]'})
     return data
 
 

@@ -2,6 +2,9 @@
 
 No real node was asked: there is none here. What is in these answers is what the projects'
 documentation shows, statuses and types included (LND's numbers of 64 bits are text).
+
+`python -m tests.payments.nodes` is one whose invoices are paid as soon as they were shown; it
+writes its URL, and ends with its standard input.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ import base64
 import hashlib
 import json
 import secrets
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Self
 
 ALPHABET = "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
@@ -153,6 +158,16 @@ class Cln(Node):
         return row
 
 
+class Quick(Cln):
+    """Who is shown an invoice pays it."""
+
+    def _listed(self, one: Invoice) -> dict[str, Any]:
+        row = super()._listed(one)
+        if one.state == "open":
+            one.pay()
+        return row
+
+
 class Lnd(Node):
     """https://lightning.engineering/api-docs/api/lnd/lightning/add-invoice, .../lookup-invoice."""
 
@@ -192,4 +207,32 @@ class Lnd(Node):
         }
 
 
+def take_invoices(data: Path, url: str) -> None:
+    """Have the server with this data directory sell by invoices of a Cln."""
+    (data / "rune").write_bytes(Cln.secret_file)
+    change_settings(
+        data,
+        {
+            'kind = ""': 'kind = "cln"',
+            'url = ""': f'url = "{url}"',
+            'secret_file = ""': 'secret_file = "rune"',
+        },
+    )
+
+
+def change_settings(data: Path, changes: dict[str, str]) -> None:
+    """In a server's hpkvd.toml."""
+    path = data / "hpkvd.toml"
+    text = path.read_text()
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
 NODES = {"cln": Cln, "lnd": Lnd}
+
+if __name__ == "__main__":
+    with Quick() as quick:
+        print(quick.url, flush=True)
+        sys.stdin.read()

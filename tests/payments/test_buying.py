@@ -87,7 +87,7 @@ def test_the_prices_are_shown_and_ecash_is_turned_into_tokens(
 
 
 def test_lightning_shows_an_invoice_waits_and_issues(
-    hpkvfs: Hpkvfs, node: Cln, tmp_path: Path, data: Path
+    hpkvfs: Hpkvfs, node: Cln, tmp_path: Path, data: Path, server: ServerProcess
 ) -> None:
     process = start(tmp_path / "state", "buy", "--tokens", "500", "--lightning")
     assert process.stdout is not None
@@ -99,6 +99,8 @@ def test_lightning_shows_an_invoice_waits_and_issues(
     assert (process.returncode, out) == (0, "500 tokens bought; 500 in all\n"), err
     assert status(data)["sold"]["lightning"] == {"tokens": 500, "sats": 50}
     assert node.secret_file.decode().strip() not in json.dumps(status(data))
+    _, logged = server.stop()
+    assert "stopped" in logged and "HTTP" not in logged and node.url not in logged
 
 
 def test_interrupted_anywhere_it_is_gone_on_with(

@@ -20,10 +20,13 @@ from hpkvd.ledger.urls import create
 from hpkvd.payments import Mints, Prices, cashier
 from hpkvd.payments import Node as Settings
 from hpkvd.payments.cashier import Cashier
+from hpkvd.payments.lightning import Lightning, MintInvoices
+from hpkvd.payments.mint import Keyset, Quote
 from hpkvfs.protocol import bolt11
 from hpkvfs.protocol.errors import Malformed
 from hpkvfs.protocol.messages import Method, Payment, PayRequest, Reason, Refused
 from hpkvfs.protocol.voucher import voucher_digest
+from tests.doubles import Clock
 from tests.payments.mint import MintProcess
 from tests.payments.nodes import NODES, Node
 from tests.server.ledgers import opened
@@ -31,6 +34,7 @@ from tests.server.ledgers import opened
 PRICES = Prices(tokens_per_ksat=10_000, least=10, most=1_000_000)
 ORDER = PayRequest(Method.LIGHTNING, voucher_digest(b"s" * 20), 2_505)
 SATS = 251  # 250.5, rounded up
+MADE = 1_496_314_658  # when the invoices of BOLT 11's examples were
 
 
 class Moving:
@@ -273,6 +277,31 @@ def test_the_amount_of_an_invoice(text: str, amount: int) -> None:
     assert bolt11.millisats(text) == amount
 
 
+COFFEE = (  # "please send $3 for a cup of coffee ... within one minute"
+    "lnbc2500u1pvjluezsp5zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zygspp5qqqsyqcyq5rqwzqfqqq"
+    "syqcyq5rqwzqfqqqsyqcyq5rqwzqfqypqdq5xysxxatsyp3k7enxv4jsxqzpu9qrsgquk0rl77nj30yxdy8j9vdx85fkpmd"
+    "la2087ne0xh8nhedh8w27kyke0lp53ut353s06fv3qfegext0eh0ymjpf39tuven09sam30g4vgpfna3rh"
+)
+HASHED = (  # "the whole list of things (hashed)", which names no expiry
+    "lnbc20m1pvjluezsp5zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zyg3zygspp5qqqsyqcyq5rqwzqfqqqsy"
+    "qcyq5rqwzqfqqqsyqcyq5rqwzqfqypqhp58yjmdan79s6qqdhdzgynm4zwqd5d7xmw5fk98klysy043l2ahrqs9qrsgq7ea9"
+    "76txfraylvgzuxs8kgcw23ezlrszfnh8r6qtfpr6cxga50aj6txm9rxrydzd06dfeawfk6swupvz4erwnyutnjq7x39ymw6"
+    "j38gp7ynn44"
+)
+
+
+@pytest.mark.parametrize("text, seconds", [(COFFEE, 60), (COFFEE.upper(), 60), (HASHED, 3_600)])
+def test_until_when_an_invoice_can_be_paid(text: str, seconds: int) -> None:
+    """Two of BOLT 11's examples."""
+    assert bolt11.expires(text) == 1_496_314_658 + seconds
+
+
+@pytest.mark.parametrize("text", [COFFEE[:90], COFFEE.replace("xqzpu", "xlzpu"), "lnbc2500u1"])
+def test_what_is_cut_off_has_no_end(text: str) -> None:
+    with pytest.raises(Malformed):
+        bolt11.expires(text)
+
+
 @pytest.mark.parametrize("text", ["", "lnbc1" + "q" * 60, "lnbc1p1" + "q" * 60, "bc1q", "lnbc-1n1"])
 def test_what_is_no_invoice_with_an_amount(text: str) -> None:
     with pytest.raises(Malformed):
@@ -317,3 +346,53 @@ async def test_a_flood_of_invoices_leaves_places_to_ecash(node: Node, tmp_path: 
         assert await till.refused(another(3)) is Reason.FULL
         assert not await till.cashier._has_room(Method.LIGHTNING)
         assert await till.cashier._has_room(Method.CASHU)
+
+
+class Forgetful:
+    """A mint.Mint that asks for COFFEE: nobody pays it, and `expiry` is all it says of that."""
+
+    url = "https://mint.example"
+
+    def __init__(self, expiry: int) -> None:
+        self.expiry = expiry
+
+    async def keysets(self) -> list[Keyset]:
+        return [Keyset("00", "sat", True, 0)]
+
+    async def quote(self, sats: int) -> Quote:
+        return await self.quoted(secrets.token_hex(8))
+
+    async def quoted(self, quote: str) -> Quote:
+        return Quote(quote, COFFEE, "UNPAID", self.expiry)
+
+
+@pytest.mark.parametrize("expiry", [0, 2**40, MADE + 30])
+async def test_a_mints_quote_makes_room_when_its_invoice_can_be_paid_no_more(
+    tmp_path: Path, expiry: int
+) -> None:
+    """Also one that says no expiry, or one behind the invoice's own; not while it can be paid."""
+    clock = Clock(MADE)
+    create(url := f"sqlite://{tmp_path / 'ledger'}")
+    node = MintInvoices(Forgetful(expiry))  # type: ignore[arg-type]
+    method = Lightning(node, PRICES, 60, secrets.token_bytes, clock)
+    async with opened(url) as ledger:
+        desk = Cashier(ledger, {Method.LIGHTNING: method}, clock, most_open=1)
+        bill = await desk.pay(ORDER)
+        assert isinstance(bill, Payment) and bill.seconds == (30 if expiry == MADE + 30 else 60)
+        clock.seconds = MADE + 59.0 if expiry != MADE + 30 else MADE + 29.0
+        assert await desk.pay(another(1)) == Refused(Reason.FULL)
+        clock.seconds = MADE + 3 * 3_600.0
+        assert isinstance(await desk.pay(another(1)), Payment)
+        assert ledger.totals().sales == 1
+
+
+async def test_an_invoice_for_longer_than_a_week_is_not_begun(tmp_path: Path) -> None:
+    clock = Clock(MADE - 8 * 86_400.0)
+    create(url := f"sqlite://{tmp_path / 'ledger'}")
+    node = MintInvoices(Forgetful(0))  # type: ignore[arg-type]
+    method = Lightning(node, PRICES, 60, secrets.token_bytes, clock)
+    async with opened(url) as ledger:
+        desk = Cashier(ledger, {Method.LIGHTNING: method}, clock)
+        reply = await desk.pay(ORDER)
+        assert isinstance(reply, Refused) and reply.reason is Reason.PAYMENT_UNSETTLED
+        assert ledger.totals().sales == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from hpkvd.ledger import LedgerBusy, LedgerError, LedgerFull, Read
+from hpkvd.ledger import LedgerBusy, LedgerError, LedgerFull, Read, StoredEntry
 from hpkvd.ledger.sqlite import SCHEMA_VERSION, SqliteLedger
 from hpkvfs.protocol.messages import Done, Reason
 from tests.server.ledgers import blob, delete, entry, fund, insert, key, opened, transaction
@@ -190,7 +190,7 @@ async def test_no_record_joins_a_key_to_a_serial(funded: SqliteLedger) -> None:
     assert columns["sale"] == {"voucher", "method", "tokens", "sats", "due", "data"}
     assert columns["taking"] == {"digest", "sats", "taken", "token"}
     assert columns["entry"] == {
-        "key", "epoch", "counter", "digest", "value", "hours", "gone_at",
+        "id", "key", "epoch", "counter", "digest", "value", "hours", "gone_at",
     }  # fmt: skip
     assert columns["request"] == {
         "fingerprint", "epoch", "operation", "outcome", "delta", "issued",
@@ -205,3 +205,26 @@ async def test_a_ledger_without_room_for_entries_is_given_it(path: Path) -> None
     connection.close()
     async with opened(f"sqlite://{path}") as ledger:
         assert ledger.totals().entries == ledger.totals().sales == 0
+
+
+ENTRIES_5 = """
+DROP TABLE entry;
+CREATE TABLE entry (
+    key BLOB PRIMARY KEY, epoch INTEGER NOT NULL, counter INTEGER NOT NULL, digest BLOB NOT NULL,
+    value BLOB NOT NULL, hours INTEGER NOT NULL, gone_at INTEGER
+) WITHOUT ROWID;
+INSERT INTO entry VALUES (x'02', 1, 7, x'dd', x'ee', 72, NULL), (x'03', 1, 8, x'dd', x'ef', 72, 99);
+PRAGMA user_version = 5;
+"""
+
+
+async def test_entries_of_an_older_ledger_are_kept(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(ENTRIES_5)
+    connection.close()
+    for _ in range(2):
+        async with opened(f"sqlite://{path}") as ledger:
+            assert await ledger.entry(b"\2", 98) == StoredEntry(7, b"\xdd", b"\xee", None)
+            assert await ledger.entry(b"\3", 98) == StoredEntry(8, b"\xdd", b"\xef", 99)
+            assert await ledger.entry(b"\3", 99) is None
+            assert ledger.totals().entries == 2

@@ -25,6 +25,7 @@ from hpkvd.config import IDENTITY
 from hpkvfs.address import onion_host
 from hpkvfs.protocol.identity import Identity
 from tests.mounted.client import ENVIRONMENT, Client, Server, command, eventually
+from tests.payments.nodes import take_invoices
 from tests.tor.network import Namespace, Network
 
 PORT = 7387
@@ -144,6 +145,27 @@ class OnionServer(Server):
         said = dict(line.removeprefix("hpkvd: ").rsplit(" ", 1) for line in told if line)
         self.address = said["listening on"]
         self.onion = said["onion service at"]
+
+
+class SellingServer(OnionServer):
+    """One that also sells by invoices, of a node beside it (payments/nodes.py)."""
+
+    def start(self) -> None:
+        """Return when it is published."""
+        self._node = subprocess.Popen(
+            self._network.inside(command("tests.payments.nodes")),
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._node.stdout is not None
+        take_invoices(self.data, self._node.stdout.readline().strip())
+        super().start()
+
+    def stop(self) -> None:
+        super().stop()
+        self._node.communicate("", 20)
 
 
 @dataclass

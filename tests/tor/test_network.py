@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from hpkvfs import tor
 from hpkvfs.address import Address
 from hpkvfs.errors import Unreachable
 from hpkvfs.net.circuits import Circuits, TorSettings
+from hpkvfs.net.line import Line
+from hpkvfs.net.purchases import Purchases
 from hpkvfs.net.transport import exchange
 from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
 from hpkvfs.protocol.errors import Malformed
@@ -32,11 +34,22 @@ from hpkvfs.protocol.messages import Parameters, ParametersRequest, decode_reply
 from tests.mounted.client import ENVIRONMENT, command, eventually, tree
 from tests.server.support import read_all
 from tests.tor.network import Namespace, Network
-from tests.tor.parties import PORT, OnionClient, OnionServer, Saboteur, debian_tor, echo, publish
+from tests.tor.parties import (
+    PORT,
+    OnionClient,
+    OnionServer,
+    Saboteur,
+    SellingServer,
+    debian_tor,
+    echo,
+    publish,
+)
 
 NOWHERE = Path("/nonexistent")
 REQUESTS = 40
 FLOOD, FLOOD_SECONDS = 60, 5.0
+BOUGHT = 500
+NO_JOURNAL: Any = None
 
 
 # -- one circuit for each request, seen from both sides ----------------------------------------
@@ -77,9 +90,15 @@ def watching(network: Network, onion: str) -> Iterator[Witness]:
         yield witness
 
 
-def circuits(network: Network, onion: str, *, warm: bool) -> Circuits:
+def circuits(
+    network: Network,
+    onion: str,
+    *,
+    warm: bool,
+    rng: Callable[[int], bytes] = secrets.token_bytes,
+) -> Circuits:
     settings = TorSettings(network.control("client"), NOWHERE)
-    return Circuits(Address.parse(onion), settings, secrets.token_bytes, warm=warm)
+    return Circuits(Address.parse(onion), settings, rng, warm=warm)
 
 
 async def ask(way: Circuits, count: int, at_once: int) -> None:
@@ -125,9 +144,7 @@ async def test_each_request_has_a_circuit_that_nothing_else_uses(
 
 async def test_with_a_shared_login_it_is_one_circuit(network: Network, echoing: str) -> None:
     """The negative control: what sees separate circuits sees that these are not."""
-
-    settings = TorSettings(network.control("client"), NOWHERE)
-    way = Circuits(Address.parse(echoing), settings, lambda size: bytes(size), warm=False)
+    way = circuits(network, echoing, warm=False, rng=bytes)
     with watching(network, echoing) as seen:
         async with way.running():
             for _ in range(REQUESTS // 4):
@@ -280,29 +297,65 @@ def client(network: Network, cut_off: Namespace | None, tmp_path: Path) -> Itera
 # -- hpkvd publishes itself ------------------------------------------------------------------------
 
 
+def connected(network: Network, host: str, login: bytes) -> socket.socket | None:
+    """A connection to the server behind an onion address, on the circuit of a login of 32 bytes;
+    None if it is refused."""
+    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stream.settimeout(20)
+    try:
+        stream.connect(str(network.socks))
+        stream.sendall(b"\5\1\2")
+        assert stream.recv(2) == b"\5\2"
+        stream.sendall(b"\1" + 2 * (bytes([len(login)]) + login))
+        assert stream.recv(2) == b"\1\0"
+        name = host.encode()
+        stream.sendall(b"\5\1\0\3" + bytes([len(name)]) + name + PORT.to_bytes(2, "big"))
+        code, kind = stream.recv(4)[1::2]
+        stream.recv(16 + 2 if kind == 4 else 4 + 2)  # the address and port it is bound to
+    except OSError:
+        code = -1
+    if code:
+        stream.close()
+        return None
+    return stream
+
+
+def new_login() -> bytes:
+    return secrets.token_hex(16).encode()
+
+
 def told(network: Network, host: str) -> Parameters | None:
     """What the server behind an onion address says of its epochs; None if it is not reached."""
-    user = secrets.token_hex(16).encode()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
-        stream.settimeout(20)
+    stream = connected(network, host, new_login())
+    if stream is None:
+        return None
+    with stream:
         try:
-            stream.connect(str(network.socks))
-            stream.sendall(b"\5\1\2")
-            assert stream.recv(2) == b"\5\2"
-            stream.sendall(b"\1" + 2 * (bytes([len(user)]) + user))
-            assert stream.recv(2) == b"\1\0"
-            name = host.encode()
-            stream.sendall(b"\5\1\0\3" + bytes([len(name)]) + name + PORT.to_bytes(2, "big"))
-            code, kind = stream.recv(4)[1::2]
-            stream.recv(16 + 2 if kind == 4 else 4 + 2)  # the address and port it is bound to
-            if code:
-                return None
             stream.sendall(ParametersRequest().encode())
             reply = decode_reply(read_all(stream)[:REPLY_SIZE])
         except (OSError, Malformed):
             return None
     assert isinstance(reply, Parameters)
     return reply
+
+
+def most_streams(network: Network, host: str) -> int:
+    """How many connections at a time the server takes on one circuit; of four at most."""
+    login, held = new_login(), list[socket.socket]()
+    with contextlib.ExitStack() as stack:
+        while len(held) < 4 and (stream := connected(network, host, login)) is not None:
+            held.append(stack.enter_context(stream))
+        assert takes_one(network, host, new_login()), "more on another circuit"
+        assert len(held) == 4 or not takes_one(network, host, login)
+    eventually(lambda: takes_one(network, host, login), "room on the same circuit again")
+    return len(held)
+
+
+def takes_one(network: Network, host: str, login: bytes) -> bool:
+    stream = connected(network, host, login)
+    if stream is not None:
+        stream.close()
+    return stream is not None
 
 
 def test_a_server_publishes_its_identity_and_again_when_tor_was_killed(
@@ -312,6 +365,7 @@ def test_a_server_publishes_its_identity_and_again_when_tor_was_killed(
     reply = told(network, host)
     assert reply is not None and reply.is_genuine
     assert reply.identity == server.identity.public
+    assert most_streams(network, host) == 1
     network.kill("service")
     network.start("service")
     network.wait_until_up("service")
@@ -344,7 +398,8 @@ async def test_introductions_are_limited_by_a_tor_of_its_own(
     host = server.onion.removesuffix(f":{PORT}")
     assert await flood(circuits(network, host, warm=False)) == 1
     server.stop()
-    server.options = ("--tor", "own", "--intro-rate", "2", "--intro-burst", "4")
+    limits = ("--intro-rate", "2", "--intro-burst", "4", "--max-streams", "3")
+    server.options = ("--tor", "own", *limits)
     await trio.to_thread.run_sync(server.start)
     assert server.onion == f"{host}:{PORT}"
     with network.controller(server.control) as controller:
@@ -354,9 +409,10 @@ async def test_introductions_are_limited_by_a_tor_of_its_own(
         "HiddenServiceEnableIntroDoSRatePerSec=2",
         "HiddenServiceEnableIntroDoSBurstPerSec=4",
         "HiddenServicePoWDefensesEnabled=1",
-        "HiddenServiceMaxStreams=1",
+        "HiddenServiceMaxStreams=3",
     } <= set(options)
     await trio.to_thread.run_sync(eventually, lambda: told(network, host), "it to be reached", 60)
+    assert await trio.to_thread.run_sync(most_streams, network, host) == 3
     start = trio.current_time()
     share = await flood(circuits(network, host, warm=False))
     assert share * FLOOD <= 3 * (4 + 2 * math.ceil(trio.current_time() - start))
@@ -397,14 +453,45 @@ def check_books(client: OnionClient, server: OnionServer, lost: int = 0) -> None
     assert server.status()["tokens"]["outstanding"] == balance["held"] + lost
 
 
+@pytest.fixture
+def selling(network: Network, tmp_path: Path) -> Iterator[OnionServer]:
+    server = SellingServer(network, tmp_path / "server")
+    yield server
+    server.stop()
+
+
+def buy(network: Network, server: OnionServer, client: OnionClient) -> None:
+    """By Lightning: order, invoice, voucher, each request on a circuit of its own."""
+    before, host = server.status()["tokens"]["issued"], server.onion.removesuffix(f":{PORT}")
+    with watching(network, host) as seen:
+        said = client.run("buy", "--tokens", str(BOUGHT), "--lightning", "--json").stdout
+    bill, bought = map(json.loads, said.splitlines())
+    assert (bill["state"], bought["state"], bought["tokens"]) == ("open", "paid", BOUGHT)
+    assert server.status()["tokens"]["issued"] == before + BOUGHT
+    assert len(seen.circuits) == len(seen.streams) == len(set(seen.logins.values())) >= 3
+    assert all(len(used) == 1 for used in seen.streams.values())
+    with watching(network, host) as seen:  # the negative control
+        trio.run(ask_for_offers, circuits(network, host, warm=False, rng=bytes))
+    assert len(seen.circuits) < len(seen.streams)
+
+
+async def ask_for_offers(way: Circuits) -> None:
+    """Twice at once, as `hpkvfs buy` does once."""
+    async with way.running(), trio.open_nursery() as nursery:
+        line = Line(way, secrets.token_bytes, patience=60)
+        for _ in range(2):
+            nursery.start_soon(Purchases(NO_JOURNAL, line, secrets.token_bytes).offers)
+
+
 def test_the_whole_first_end_to_end_goes_through_tor_alone(
-    network: Network, server: OnionServer, client: OnionClient, tmp_path: Path
+    network: Network, selling: OnionServer, client: OnionClient, tmp_path: Path
 ) -> None:
-    source = tmp_path / "source"
+    source, server = tmp_path / "source", selling
     source.mkdir()
     make_files(source, 300)
     set_up(client, server)
     client.mount()
+    buy(network, server, client)
     assert client.json("status")["way"].startswith("over Tor, through the tor that runs here")
     shutil.copytree(source, client.directory, dirs_exist_ok=True, symlinks=True)
     client.umount()

@@ -113,9 +113,9 @@ class SqliteRows:
         return self._connection.execute(query, (key, limit)).fetchall()
 
     def put(self, table: Table, rows: Sequence[Row]) -> None:
-        """See Rows. A blob gets a random row number, so that rows are in no order."""
+        """See Rows. Blobs and entries get random row numbers, so that they are in no order."""
         columns, values = list(table.columns), [list(row) for row in rows]
-        if table.name == "blob":
+        if table.name in ("blob", "entry"):
             columns.append("id")
             for row in values:
                 row.append(int.from_bytes(secrets.token_bytes(8), "big", signed=True))

@@ -59,7 +59,7 @@ from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
 
 APPLICATION: Final = int.from_bytes(b"hpkv", "big")
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 LOCK_SECONDS: Final = 5.0
 RESERVE: Final = 64 * 2**20
 VACUUM_PAGES: Final = 1024
@@ -106,14 +106,24 @@ INSERT INTO books VALUES (0, 0, 0, 0, 0, 0, 0, 0);
 # Since schema 2.
 ENTRIES: Final = """
 CREATE TABLE entry (
-    key         BLOB PRIMARY KEY,   -- of a breakglass entry
+    id          INTEGER PRIMARY KEY, -- random: rows in no order
+    key         BLOB NOT NULL UNIQUE, -- of a breakglass entry
     epoch       INTEGER NOT NULL,   -- number of the epoch it was paid in
     counter     INTEGER NOT NULL,   -- greater than that of whatever it replaced
     digest      BLOB NOT NULL,      -- SHA-256 of the value
     value       BLOB NOT NULL,
     hours       INTEGER NOT NULL,   -- how long it can be opened once it was opened
     gone_at     INTEGER             -- the hour from which on it is gone; NULL: never opened
-) WITHOUT ROWID;
+);
+"""
+# Since schema 6; before it entries had no row numbers, and SQLite keeps no more than 1,002 bytes of
+# such a row in its page: each entry had a page of 4,096 bytes besides.
+_MOVE_ENTRIES: Final = f"""
+ALTER TABLE entry RENAME TO entry_5;
+{ENTRIES}
+INSERT INTO entry (id, key, epoch, counter, digest, value, hours, gone_at)
+    SELECT random(), key, epoch, counter, digest, value, hours, gone_at FROM entry_5;
+DROP TABLE entry_5;
 """
 
 _RECALL: Final = """
@@ -125,7 +135,8 @@ UPDATE books SET issued = issued + ?, charged = charged + ?, refunded = refunded
     outstanding = outstanding + ?, requests = requests + ?, serials = serials + ?, blobs = blobs + ?
 """
 _STORE_ENTRY: Final = """
-INSERT INTO entry (key, epoch, counter, digest, value, hours) VALUES (?, ?, ?, ?, ?, ?)
+INSERT INTO entry (id, key, epoch, counter, digest, value, hours)
+VALUES (random(), ?, ?, ?, ?, ?, ?)
 """
 _ENTRY: Final = """
 SELECT counter, digest, value, gone_at FROM entry
@@ -506,7 +517,7 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
 def _upgrade(connection: sqlite3.Connection) -> None:
     """Give a ledger of an older schema the tables that came later."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    later = (ENTRIES, ended.SCHEMA, till.schema("BLOB"), newest.SCHEMA)
+    later = (ENTRIES, ended.SCHEMA, till.schema("BLOB"), newest.SCHEMA, _MOVE_ENTRIES)
     added = "".join(later[version - 1 :])
     if added:
         connection.executescript(

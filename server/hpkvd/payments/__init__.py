@@ -18,10 +18,13 @@ a node hears of it; and it is dropped in the transaction that makes its voucher.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from hpkvd.ledger import Sale, Taking
 from hpkvfs.protocol.messages import Method, Offer, Reason
+
+LONGEST_EXPIRY: Final = 7 * 86_400
+"""Seconds for which an invoice can be paid at most: its sale is one of the open ones as long."""
 
 
 class Refuse(Exception):

@@ -18,11 +18,22 @@ from hashlib import sha256
 from typing import Any, Final, Protocol
 
 from hpkvd.ledger import Sale
-from hpkvd.payments import Outcome, Plan, Prices, Refuse, Settled, Unsettled, Waiting
+from hpkvd.payments import (
+    LONGEST_EXPIRY,
+    Outcome,
+    Plan,
+    Prices,
+    Refuse,
+    Settled,
+    Unsettled,
+    Waiting,
+)
 from hpkvd.payments.cashu import SEED_SIZE, Order, settled
 from hpkvd.payments.mint import Lies, Mint, Quote
 from hpkvd.payments.web import Away, Declined, Web
+from hpkvfs.protocol import bolt11
 from hpkvfs.protocol.ecash import SAT
+from hpkvfs.protocol.errors import Malformed
 from hpkvfs.protocol.group import tagged_hash
 from hpkvfs.protocol.messages import MAX_INVOICE, MAX_SATS, Method, Offer, Reason
 
@@ -32,7 +43,7 @@ DESCRIPTION: Final = "hpkvd"
 class Invoices(Protocol):
     """A node: makes invoices and knows which were paid. Away, Declined, Lies, Refuse."""
 
-    async def begin(self, sats: int, rng: Callable[[int], bytes]) -> bytes:
+    async def begin(self, sats: int, rng: Callable[[int], bytes], now: int) -> bytes:
         """What `collect` needs: a seed, at least."""
         ...
 
@@ -66,12 +77,17 @@ class Lightning:
         if amount > self.offer.most or sats > MAX_SATS:
             raise Refuse(Reason.TOO_MUCH)
         with _Failures():
-            return Plan(amount, sats, self._expiry, await self._node.begin(sats, self._rng))
+            data = await self._node.begin(sats, self._rng, self._now)
+        return Plan(amount, sats, self._expiry, data)
 
     async def collect(self, sale: Sale) -> Outcome:
         """See Payable."""
         with _Failures():
-            return await self._node.collect(sale.data, sale.sats, self._expiry, int(self._clock()))
+            return await self._node.collect(sale.data, sale.sats, self._expiry, self._now)
+
+    @property
+    def _now(self) -> int:
+        return int(self._clock())
 
 
 class _Failures:
@@ -85,7 +101,7 @@ class _Failures:
     ) -> None:
         if isinstance(error, Away | Declined):
             raise Unsettled(f"the Lightning node does not do as asked ({error})") from error
-        wrong = (Lies, ValueError, TypeError, LookupError, AttributeError)
+        wrong = (Lies, Malformed, ValueError, TypeError, LookupError, AttributeError)
         if isinstance(error, wrong):
             raise Unsettled("the Lightning node's answer cannot be read") from error
 
@@ -132,7 +148,7 @@ class CoreLightning:
     def __init__(self, web: Web) -> None:
         self._web = web
 
-    async def begin(self, sats: int, rng: Callable[[int], bytes]) -> bytes:
+    async def begin(self, sats: int, rng: Callable[[int], bytes], now: int) -> bytes:
         """See Invoices."""
         return rng(SEED_SIZE)
 
@@ -169,7 +185,7 @@ class Lnd:
     def __init__(self, web: Web) -> None:
         self._web = web
 
-    async def begin(self, sats: int, rng: Callable[[int], bytes]) -> bytes:
+    async def begin(self, sats: int, rng: Callable[[int], bytes], now: int) -> bytes:
         """See Invoices."""
         return rng(SEED_SIZE)
 
@@ -209,17 +225,24 @@ def _preimage(seed: bytes) -> bytes:
 
 
 class MintInvoices:
-    """A mint as node: its invoice, and the coins that it issues when that was paid."""
+    """A mint as node: its invoice, and the coins that it issues when that was paid.
+
+    How long an invoice can be paid is the mint's to say. Of a quote without an expiry, or with one
+    behind the invoice's own, it is what the invoice says; one of over a week is not begun, since
+    the sale's place among the open ones is taken for as long.
+    """
 
     def __init__(self, mint: Mint) -> None:
         self._mint = mint
 
-    async def begin(self, sats: int, rng: Callable[[int], bytes]) -> bytes:
+    async def begin(self, sats: int, rng: Callable[[int], bytes], now: int) -> bytes:
         """See Invoices. The quote's id goes where a token would be."""
         active = [one for one in await self._mint.keysets() if one.active and one.unit == SAT]
         if not active:
             raise Away("the mint has no keys for sat")
         keyset, quote = min(active, key=lambda one: one.fee), await self._mint.quote(sats)
+        if _payable_until(quote) > now + LONGEST_EXPIRY:
+            raise Lies("the mint's invoices can be paid for more than a week")
         return Order(self._mint.url, keyset.id, sats, rng(SEED_SIZE), quote.id).encode()
 
     async def collect(self, data: bytes, sats: int, expiry: int, now: int) -> Outcome:
@@ -231,4 +254,10 @@ class MintInvoices:
             return await settled(
                 self._mint, sats, outputs, lambda: self._mint.issue(quote.id, outputs)
             )
-        return _waiting(quote.invoice, quote.expiry - now if quote.expiry else expiry)
+        return _waiting(quote.invoice, _payable_until(quote) - now)
+
+
+def _payable_until(quote: Quote) -> int:
+    """Seconds since 1970; Malformed when the invoice is none."""
+    until = bolt11.expires(quote.invoice)
+    return min(quote.expiry, until) if quote.expiry else until
