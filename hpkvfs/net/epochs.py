@@ -32,6 +32,7 @@ from hpkvfs.protocol.messages import Parameters, ParametersRequest, Refused
 from hpkvfs.wallet.journal import Journal
 
 WITNESSES: Final = 3
+SUCCESSION_SECONDS: Final = 2.0
 _ROUNDS: Final = 3
 _LONGEST_CHAIN: Final = 1_000
 _PREFIX: Final = "epoch/"
@@ -121,7 +122,10 @@ class Epochs:
     # Asking.
 
     async def _agreed(self, digest: bytes | None) -> Parameters:
-        """What all witnesses are told. A new epoch may begin while they ask: then once more."""
+        """What all witnesses are told. A new epoch may begin while they ask: then once more.
+
+        Not at once: a server's processes take an epoch up one after the other, within a second.
+        """
         for _ in range(_ROUNDS):
             told = await self._told(digest)
             for one in told:
@@ -130,6 +134,7 @@ class Epochs:
                 return told[0]
             if digest is not None or not _is_succession(told):
                 break
+            await trio.sleep(SUCCESSION_SECONDS)
         raise Tagging("the server shows different parameters to different connections", _HINT)
 
     async def _told(self, digest: bytes | None) -> list[Parameters]:

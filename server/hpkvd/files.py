@@ -49,9 +49,9 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def sync(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the names in a directory durable, or what is in a file."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -7,6 +7,7 @@ import hashlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import trio
 import trio.testing
 
 from hpkvd.epochs import first_epoch
+from hpkvd.rotation import POLL_SECONDS
 from hpkvfs.errors import (
     EmptyWallet,
     KeyAbsent,
@@ -25,6 +27,7 @@ from hpkvfs.errors import (
     UserError,
     VaultError,
 )
+from hpkvfs.net import epochs
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol import messages
@@ -656,7 +659,40 @@ async def test_a_server_that_tags_one_user_from_the_start(
         await store.parameters()
 
 
-async def test_an_epoch_that_begins_while_it_is_asked_for_is_no_tag(world: World) -> None:
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How often, and how long, a client waited for a server to make up its mind."""
+    sleep, found = trio.sleep, list[float]()
+
+    async def counted(seconds: float) -> None:
+        if seconds == epochs.SUCCESSION_SECONDS:
+            found.append(seconds)
+        await sleep(0 if seconds == epochs.SUCCESSION_SECONDS else seconds)
+
+    monkeypatch.setattr(trio, "sleep", counted)
+    return found
+
+
+async def test_an_epoch_that_processes_take_up_one_after_the_other_is_no_tag(
+    world: World, pauses: list[float]
+) -> None:
+    """Of two, the second does so within a second: until then connections are told different lists,
+    however often one asks."""
+    first, second = epoch_one().parameters, another_epoch(2, epoch_one().parameters)
+    lagging = count()
+
+    def alter(frame: bytes) -> bytes:
+        has_it = sum(pauses) > POLL_SECONDS or next(lagging) % 2
+        return shown(first, second) if has_it else shown(first)
+
+    world.wire.alter = alter
+    assert await world.client().parameters() == second
+    assert len(pauses) == 1
+
+
+async def test_an_epoch_that_begins_while_it_is_asked_for_is_no_tag(
+    world: World, pauses: list[float]
+) -> None:
     first, second = epoch_one().parameters, another_epoch(2, epoch_one().parameters)
     replies = [shown(first), *[shown(first, second)] * 5]
     world.wire.alter = lambda frame: replies.pop(0)
@@ -664,7 +700,9 @@ async def test_an_epoch_that_begins_while_it_is_asked_for_is_no_tag(world: World
     assert not replies
 
 
-async def test_a_server_that_keeps_changing_its_mind_is_not_believed(world: World) -> None:
+async def test_a_server_that_keeps_changing_its_mind_is_not_believed(
+    world: World, pauses: list[float]
+) -> None:
     first, second = epoch_one().parameters, another_epoch(2, epoch_one().parameters)
     replies = [shown(first), shown(first, second), shown(first)] * 3
     world.wire.alter = lambda frame: replies.pop(0)

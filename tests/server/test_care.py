@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,73 @@ def test_a_backup_taken_while_serving_becomes_a_server(data: Path, tmp_path: Pat
         assert server.parameters() == parameters
         # What the warning is about: what was spent after the backup is spent again.
         assert isinstance(server.ask(spent.frame), Done)
+
+
+def order_on_disk(path: Path) -> list[bytes]:
+    """The keys of all blobs, in the order of the pages that they are on."""
+    with closing(sqlite3.connect(path)) as ledger:
+        ledger.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        keys = [key for (key,) in ledger.execute("SELECT key FROM blob ORDER BY id")]
+        begun = "SELECT pageno FROM dbstat WHERE name = 'blob' AND path LIKE '%+000000'"
+        pages = [page for (page,) in ledger.execute(f"{begun} ORDER BY path")]
+    return [key for _, key in sorted(zip(pages, keys, strict=True))]
+
+
+def agreement(one: list[bytes], other: list[bytes]) -> float:
+    """Spearman's rank correlation; by chance within 5 / sqrt(len - 1)."""
+    rank, size = {key: at for at, key in enumerate(other)}, len(one)
+    squares = sum((at - rank[key]) ** 2 for at, key in enumerate(one))
+    return 1 - 6 * squares / (size * (size**2 - 1))
+
+
+def add_blobs(path: Path, count: int) -> list[bytes]:
+    """Their keys, in the order in which they come."""
+    keys = [os.urandom(33) for _ in range(count)]
+    with closing(sqlite3.connect(path, isolation_level=None)) as ledger:
+        ledger.execute("PRAGMA synchronous = OFF")
+        for key in keys:
+            row = (key, bytes(32), new_blob())
+            ledger.execute("INSERT INTO blob VALUES (random(), ?, ?, ?)", row)
+    return keys
+
+
+def test_a_copy_does_not_tell_what_came_first(tmp_path: Path) -> None:
+    path, copied = tmp_path / "ledger.sqlite", tmp_path / "copy"
+    SqliteLedger.create(path)
+    came = add_blobs(path, 200)
+    assert agreement(came, order_on_disk(path)) > 0.99  # the negative control
+    custody._copy_file(path, copied, lambda done, total: None)
+    assert abs(agreement(came, order_on_disk(copied))) < 0.36
+    assert copied.stat().st_mode & 0o777 == 0o600
+    with closing(SqliteLedger(copied)) as ledger:
+        assert ledger._write.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+class Endless(Exception):
+    pass
+
+
+def test_a_copy_ends_while_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between any two steps of it somebody does."""
+    monkeypatch.setattr(custody, "TELL_STEPS", 100)
+    path, copied, steps = tmp_path / "ledger.sqlite", tmp_path / "copy", 0
+    SqliteLedger.create(path)
+    add_blobs(path, 40)
+
+    def written(*_: int) -> None:
+        nonlocal steps
+        steps += 1
+        add_blobs(path, 1)
+        if steps == 100:
+            raise Endless
+
+    custody._copy_file(path, copied, written)
+    assert 3 < steps < 100
+    with closing(sqlite3.connect(copied)) as ledger:
+        assert ledger.execute("SELECT count(*) FROM blob").fetchone() == (40,)
+    backup = closing(sqlite3.connect(path)), closing(sqlite3.connect(tmp_path / "other"))
+    with backup[0] as ours, backup[1] as theirs, pytest.raises(Endless):  # the negative control
+        ours.backup(theirs, pages=64, progress=written, sleep=0.0)
 
 
 def test_a_ledger_moves_there_and_back_and_serves_only_where_it_is(

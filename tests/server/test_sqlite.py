@@ -44,7 +44,13 @@ def test_a_ledger_is_made_once_and_only_for_its_owner(tmp_path: Path) -> None:
 def test_the_file_is_as_it_should_be(path: Path) -> None:
     ledger = SqliteLedger(path)
     try:
-        pragmas = {"page_size": 4096, "auto_vacuum": 2, "journal_mode": "wal", "synchronous": 2}
+        pragmas = {
+            "page_size": 4096,
+            "auto_vacuum": 2,
+            "journal_mode": "wal",
+            "synchronous": 2,
+            "secure_delete": 1,
+        }
         for pragma, value in pragmas.items():
             assert ledger._write.execute(f"PRAGMA {pragma}").fetchone() == (value,)
     finally:

@@ -497,6 +497,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         path, timeout=LOCK_SECONDS, isolation_level=None, check_same_thread=False
     )
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA secure_delete = ON").fetchall()  # as Debian's SQLite does anyway
     connection.execute("PRAGMA cache_size = -16384")
     connection.execute(f"PRAGMA journal_size_limit = {RESERVE}")
     return connection
