@@ -34,6 +34,10 @@ Arguments: TypeAlias = dict[str, Any]
 Result: TypeAlias = dict[str, Any]
 Command: TypeAlias = Callable[[Arguments, Progress], Awaitable[Result]]
 
+CHANGING: Final = frozenset(
+    {"gc", "create-snapshot", "delete-snapshots", "keep-snapshots", "restore", "keepalive"}
+)
+"""What a vault that is in use only to be read does not do: nothing of it would be published."""
 REQUEST_SECONDS: Final = 5.0
 DRAIN_SECONDS: Final = 5.0
 _UCRED: Final = struct.Struct("3i")
@@ -96,6 +100,11 @@ class Commands:
 
     async def run(self, name: str, arguments: Arguments, progress: Progress) -> Result:
         """Carry out one command; HpkvError."""
+        if name in CHANGING and self.session.options.read_only and not arguments.get("dry_run"):
+            raise VaultError(
+                "the vault is mounted to be read only",
+                "unmount it, and mount it without --read-only, --snapshot or --kept",
+            )
         with ungrouped():
             if command := self._free.get(name):
                 return await command(arguments, progress)

@@ -128,7 +128,10 @@ class _Restorer:
             try:
                 inode = await self.do(self.session.fs.lookup, inode.ino, name)
             except OSError:
-                raise UserError(f"there is no {path} in snapshot {self.snapshot.name!r}") from None
+                raise UserError(
+                    f"there is no {path} in snapshot {self.snapshot.name!r}",
+                    "write it as it is below the directory where the vault is mounted",
+                ) from None
         return inode
 
     async def place(self, parts: list[bytes], make: bool) -> _Place:

@@ -217,7 +217,7 @@ def prompt(what: str, option: str, *, twice: bool = False) -> str:
     try:
         text: str = click.prompt(what, hide_input=True, confirmation_prompt=twice, err=True)
     except click.Abort:
-        raise UserError(f"no {what} was given", f"give it with {option}") from None
+        raise UserError(f"no {what} given", f"give it with {option}") from None
     return text
 
 

@@ -615,11 +615,19 @@ def test_remote_durability_publishes_at_fsync(vault: Client) -> None:
 
 def test_read_only_means_it(mount: Client) -> None:
     (mount.directory / "file").write_text("content")
+    mount.run("snapshot", "create", "then")
     mount.remount("--read-only")
     assert (mount.directory / "file").read_text() == "content"
     with pytest.raises(OSError) as caught:
         (mount.directory / "other").touch()
     assert caught.value.errno == errno.EROFS
+    for command in (
+        ("gc",), ("snapshot", "create"), ("snapshot", "delete", "then"), ("keepalive",),
+        ("snapshot", "auto", "--keep", "hourly=1"), ("restore", "then", "file", "other"),
+    ):  # fmt: skip
+        assert "to be read only" in mount.run(*command, code=3).stderr, command
+    assert mount.json("gc", "--dry-run") and mount.json("sync") and mount.json("fsck")
+    assert os.listdir(mount.directory) == ["file"]
 
 
 def test_in_the_foreground_it_stays_until_sigint(vault: Client) -> None:
