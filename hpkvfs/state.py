@@ -15,6 +15,7 @@ ChaCha20-Poly1305; without one, whoever reads the state directory reads the vaul
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -27,7 +28,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from hpkvfs.errors import AlreadyInUse, NewerFormat, NoState, UserError, VaultError
+from hpkvfs.errors import AlreadyInUse, DiskFull, NewerFormat, NoState, UserError, VaultError
 from hpkvfs.volume.keys import VaultKeys
 
 FORMAT = 1
@@ -205,6 +206,24 @@ class StateDirectory:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+@contextmanager
+def disk_trouble() -> Iterator[None]:
+    """Say as an error of ours that this machine's disk refused something."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_failure(error) from error
+
+
+def disk_failure(error: OSError) -> VaultError:
+    """What to say of a disk's refusal: DiskFull, or VaultError."""
+    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else VaultError
+    return kind(
+        f"the state directory cannot be written: {error.strerror}",
+        "nothing is lost: make room on the disk, or see what is wrong with it",
+    )
 
 
 def _seal(root: bytes, password: str | None, rng: Callable[[int], bytes]) -> dict[str, Any]:

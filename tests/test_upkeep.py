@@ -16,13 +16,12 @@ import trio
 from trio.testing import MockClock
 
 from hpkvfs import keep, upkeep
-from hpkvfs import session as session_module
 from hpkvfs.commands import Commands
 from hpkvfs.control import no_progress
 from hpkvfs.errors import Unreachable
 from hpkvfs.fs.backend import run
 from hpkvfs.restore import clear, restore
-from hpkvfs.session import Session
+from hpkvfs.session import Session, housekeeping
 from hpkvfs.timeline import Timeline
 from hpkvfs.types import BlobId, BlobRef, Generation
 from hpkvfs.volume import gc
@@ -137,10 +136,10 @@ async def test_when_a_collection_deletes_is_drawn_evenly_and_tells_nothing_of_bi
 
     async with made.session() as session:
         await session.connect()
-        monkeypatch.setattr(session_module, "read_list", read_list)
-        monkeypatch.setattr(session_module, "collect", collect_at_once)
+        monkeypatch.setattr(housekeeping, "read_list", read_list)
+        monkeypatch.setattr(housekeeping, "collect", collect_at_once)
         monkeypatch.setattr(gc, "_delete", delete)
-        monkeypatch.setattr(session, "_rng", random.Random("spread").randbytes)
+        monkeypatch.setattr(session._housekeeping, "_rng", random.Random("spread").randbytes)
         at_once = await drawn(session, times, 0.0)
         over_hours = await drawn(session, times, HOURS)
     births = list(range(600))

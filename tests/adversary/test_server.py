@@ -34,12 +34,13 @@ from hpkvfs.protocol.messages import (
     Request,
 )
 from hpkvfs.protocol.tariff import Operation
-from hpkvfs.session import PROBE_GAP, Session
+from hpkvfs.session import Session
 from hpkvfs.types import BLOB_SIZE, BlobId, Generation
 from hpkvfs.volume.anchor import Anchor
 from hpkvfs.volume.blob import Kind, Sealer
 from hpkvfs.volume.deadlist import DeadList
 from hpkvfs.volume.keys import VaultKeys
+from hpkvfs.volume.search import PROBE_GAP
 from tests.adversary.vault import Vault, read, vault
 from tests.fs.play import Tree, play, tree
 from tests.net.harness import epoch_one, identity

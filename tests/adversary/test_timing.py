@@ -16,7 +16,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from hpkvfs import parallel, session
+from hpkvfs import parallel
 from hpkvfs.fs import publisher
 from hpkvfs.net.store import MAX_IN_FLIGHT, RemoteStore
 from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
@@ -27,7 +27,8 @@ from hpkvfs.protocol.messages import (
     Request,
     decode_request,
 )
-from hpkvfs.session import Session
+from hpkvfs.session import Session, session
+from hpkvfs.session.housekeeping import Housekeeping
 from hpkvfs.types import BlobId
 from tests.adversary.vault import Vault, vault
 from tests.fs.play import play
@@ -131,7 +132,7 @@ async def test_who_does_not_shuffle_nor_bound_is_seen(
 ) -> None:
     """The negative control."""
     monkeypatch.setattr(session, "_scatter", lambda rng, seconds: parallel.IN_ORDER)
-    monkeypatch.setattr(Session, "_shuffle", lambda self, entries: None)
+    monkeypatch.setattr(Housekeeping, "_shuffle", lambda self, entries: None)
     made, diary = watched
     ids = await live(made)
     assert agreement(made, diary.keys(InsertRequest), ids) > 0.9

@@ -35,6 +35,8 @@ from hpkvfs.net.transport import NoReply
 from hpkvfs.protocol.messages import Done, Fact
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.session import Session
+from hpkvfs.session.footing import Footing
+from hpkvfs.session.records import LocalRecords
 from hpkvfs.types import ANCHOR_BIT
 from hpkvfs.volume.commit import Insert, Step
 from hpkvfs.wallet import rows
@@ -320,19 +322,19 @@ def _anchor_before_barrier() -> list[Replacement]:
 @_mutation
 def _receipt_forgotten_early() -> list[Replacement]:
     """Receipts go when a publication begins, not when its anchor accounts for them."""
-    mark = Session.mark
+    mark = LocalRecords.mark
 
-    def early(self: Session) -> int:
+    def early(self: LocalRecords) -> int:
         self.settle(mark(self))
         return mark(self)
 
-    return [(Session, "mark", early)]
+    return [(LocalRecords, "mark", early)]
 
 
 @_mutation
 def _orphans_not_absorbed() -> list[Replacement]:
     """After a crash nobody looks which ids were used: they are used again, or leak."""
-    return [(Session, "_absorb", lambda self, receipts: None)]
+    return [(Footing, "absorb", lambda self, receipts: None)]
 
 
 @_mutation
@@ -397,10 +399,10 @@ def _fsync_forgets_the_file_before() -> list[Replacement]:
 def _log_not_durable_before_the_anchor() -> list[Replacement]:
     """What is published may be missing from the log that is replayed over it."""
 
-    async def skip(self: Session) -> None:
+    async def skip(self: LocalRecords) -> None:
         await trio.lowlevel.checkpoint()
 
-    return [(Session, "sync_log", skip)]
+    return [(LocalRecords, "sync_log", skip)]
 
 
 @_mutation

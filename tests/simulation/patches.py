@@ -24,7 +24,7 @@ import trio._core._run
 
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.protocol.credential import Draft, Issuer, IssuerParameters
-from hpkvfs.session import Session
+from hpkvfs.session.records import LocalRecords
 from hpkvfs.types import ANCHOR_BIT, BlobRef
 from hpkvfs.volume.volume import Known
 from tests.simulation import money
@@ -61,7 +61,7 @@ def simulated(seed: str, *, real: bool) -> Iterator[None]:
 
 _OS = as_os()
 _NAMES: dict[str, Any] = {
-    "hpkvfs.session.Journal": SimulatedJournal,
+    "hpkvfs.session.opening.Journal": SimulatedJournal,
     "hpkvfs.fs.redolog.os": _OS,
     "hpkvfs.kept.os": _OS,
 }
@@ -88,7 +88,7 @@ def _inline(chance: random.Random) -> Callable[..., Any]:
 
 
 def _pass_points(stack: ExitStack) -> None:
-    insert, delete, save_known = RemoteStore.insert, RemoteStore.delete, Session.save_known
+    insert, delete, save_known = RemoteStore.insert, RemoteStore.delete, LocalRecords.save_known
 
     async def passing_insert(self: RemoteStore, key: bytes, blob: bytes, memo: bytes) -> None:
         is_anchor = bool(memo) and bool(BlobRef.decode(memo).id & ANCHOR_BIT)
@@ -102,7 +102,7 @@ def _pass_points(stack: ExitStack) -> None:
         await delete(self, *arguments)
         SIDE.get().at(Point.DELETED)
 
-    async def passing_save_known(self: Session, known: Known) -> None:
+    async def passing_save_known(self: LocalRecords, known: Known) -> None:
         SIDE.get().at(Point.KNOWN_BEFORE)
         await save_known(self, known)
         SIDE.get().at(Point.KNOWN_AFTER)
@@ -110,6 +110,6 @@ def _pass_points(stack: ExitStack) -> None:
     for owner, name, value in (
         (RemoteStore, "insert", passing_insert),
         (RemoteStore, "delete", passing_delete),
-        (Session, "save_known", passing_save_known),
+        (LocalRecords, "save_known", passing_save_known),
     ):
         stack.enter_context(patch.object(owner, name, value))

@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
+import hpkvfs.fs.overlap
 import hpkvfs.fs.publisher
 import hpkvfs.kept
-import hpkvfs.session
+import hpkvfs.session.footing
 import hpkvfs.volume.commit
 from hpkvfs.errors import SecondWriter
 from hpkvfs.fs.publisher import Publisher
@@ -48,7 +49,7 @@ def _collected_anchor_taken_for_a_free_one() -> list[Replacement]:
         return [Generation(0 if generation is None else generation + 1)]
 
     return [
-        (hpkvfs.session, "heralds", next_one),
+        (hpkvfs.session.footing, "heralds", next_one),
         (hpkvfs.fs.publisher, "heralds", next_one),
         (hpkvfs.volume.commit, "handed_over", lambda previous, writer: ()),
     ]
@@ -88,7 +89,7 @@ def _takeover_forgets_what_it_had_stored() -> list[Replacement]:
 @_mutation
 def _takeover_puts_on_top_what_does_not_fit() -> list[Replacement]:
     """Changes of both are merged without a look at what they concern."""
-    return [(hpkvfs.session.overlap, "applies", lambda *arguments: True)]
+    return [(hpkvfs.fs.overlap, "applies", lambda *arguments: True)]
 
 
 @_mutation
@@ -109,9 +110,13 @@ def _follower_stays_where_it_is() -> list[Replacement]:
     async def lazy(self: Session, *, thorough: bool) -> bool:
         return False
 
-    async def content(self: Session, known: Any) -> None:
-        if not self.options.read_only:
-            await look(self, known)
+    async def content(self: Session) -> None:
+        if self.options.read_only:
+            self._footing._look_for_newer = nothing  # type: ignore[method-assign]
+        await connect(self)
 
-    look = Session._look_for_newer
-    return [(Session, "follow", lazy), (Session, "_look_for_newer", content)]
+    async def nothing(known: Any) -> None:
+        pass
+
+    connect = Session.connect
+    return [(Session, "follow", lazy), (Session, "connect", content)]

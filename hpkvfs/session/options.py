@@ -1,0 +1,49 @@
+"""How a vault is used: what a mount's options say, and their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a vault is used.
+
+    memory: bytes that the process is to get by with, what waits to be published apart; the
+    caches of nodes and extents take three eighths of it, the interpreter and what is under way
+    the rest;
+    publish_interval: seconds between generations while something changes; remote_durability:
+    fsync waits for the server; dirty_limit: bytes of changes, those of names and attributes too,
+    that may wait to be published, in memory or in the log;
+    publish_at: so many are published without waiting for the interval; patience:
+    seconds to try each request; spread: seconds over which each step of a publication is drawn
+    out; snapshots_shown: they are readable under `.snapshots` in the root directory.
+
+    read_only: publish nothing, look every follow_interval seconds for what another client did;
+    takeover: go on from what another client wrote; kept: the number of a copy of changes that
+    did not fit it, to be read only.
+
+    helpers: processes for proofs; without any they are made on the thread that does all else.
+    """
+
+    publish_interval: float = 10.0
+    remote_durability: bool = False
+    cache_bytes: int = 1024 * MIB
+    memory: int = 256 * MIB
+    dirty_limit: int = 256 * MIB
+    publish_at: int = 128 * MIB
+    patience: float | None = None
+    spread: float = 0.0
+    snapshots_shown: bool = True
+    read_only: bool = False
+    follow_interval: float = 60.0
+    takeover: bool = False
+    kept: int | None = None
+    helpers: int = 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether it goes on to what other clients publish while it is in use."""
+        return self.read_only and self.kept is None
