@@ -55,6 +55,8 @@ log = logging.getLogger(__name__)
 FORMAT: Final = 4
 _READABLE: Final = 3
 """The oldest format whose rows can be read as they are."""
+_DAMAGE: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What SQLite raises of a damaged file; the latter when it quotes what is not UTF-8."""
 _NONCE: Final = 12
 _WAL_BYTES: Final = 5 << 20
 """Somewhat more than the WAL grows to before SQLite begins it again: 1,000 pages."""
@@ -418,7 +420,7 @@ class Journal:
         try:
             for name, sealed in self._database.execute(f"SELECT * FROM {table} ORDER BY 1"):
                 yield name, self._open(table, name, sealed)
-        except sqlite3.DatabaseError as error:
+        except _DAMAGE as error:
             raise _damaged() from error
 
     def _read_receipts(self) -> Iterator[tuple[int, tuple[Operation, bytes]]]:
@@ -467,7 +469,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise AlreadyInUse("another process has this wallet open", "stop it first") from error
         raise _unwritable(error) from error
-    except sqlite3.DatabaseError as error:
+    except _DAMAGE as error:
         database.close()
         raise _damaged() from error
     except BaseException:

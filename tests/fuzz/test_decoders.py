@@ -12,6 +12,8 @@ from tests.fuzz.decoders import check, decoders
 from tests.fuzz.mutate import mutated
 
 NOTE = decoders()["notes of breakglass"].samples[0]
+JOURNAL = decoders()["journals"].samples[0].replace(b"TABLE", b"TAB\xccE", 1)
+LEDGER = decoders()["ledgers"].samples[0].replace(b"TABLE", b"TAB\xccE", 1)
 
 
 def _with(raw: bytes, at: int, field: bytes) -> bytes:
@@ -39,6 +41,8 @@ REFUSED = {
     "an attribute longer than it need be": ("attributes", b"\x92\xc4\1a\xc5\0\1b"),
     "an attribute with no name": ("attributes", b"\x92\xc4\0\xc4\1b"),
     "a note longer than it need be": ("notes of breakglass", b"\xdc\0\x08" + NOTE[1:]),
+    "a journal whose schema is not text": ("journals", JOURNAL),
+    "a ledger whose schema is not text": ("ledgers", LEDGER),
 }
 
 SLOW = {"journals", "ledgers", "caches", "epoch parameters", "issuer parameters", "epochs on disk"}

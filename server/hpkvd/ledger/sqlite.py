@@ -549,3 +549,5 @@ def _translated() -> Iterator[None]:
         if code == sqlite3.SQLITE_BUSY:
             raise LedgerBusy("another process keeps the ledger locked; try again") from error
         raise LedgerError(f"the ledger failed ({name}); check the disk and its file") from error
+    except UnicodeDecodeError as error:  # it quotes what is damaged
+        raise LedgerError("the ledger is damaged; check the disk and its file") from error
