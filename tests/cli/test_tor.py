@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Hpkvfs
-from tests.mounted.client import ENVIRONMENT, eventually
+from tests.commands import ENVIRONMENT
+from tests.mounted.client import eventually
 
 ONION = "2gzyxa5ihm7nsggfxnu52rck2vv4rvmdlkiu3zzui5du4xyclen53wid.onion"
 VOUCHER = f"hpkv1-100-{'a' * 32}"

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import trio
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 
 from hpkvfs.errors import StoreError
@@ -25,6 +25,7 @@ from hpkvfs.volume.fsck import Report
 from hpkvfs.volume.gc import loading, read_list
 from hpkvfs.volume.items import ItemKind
 from hpkvfs.volume.snapshots import Snapshot
+from tests.examples import examples
 from tests.fs.harness import Machine
 from tests.fs.model import Model
 from tests.fs.play import CHANGES, START, Step, Tree, play, play_on_model, tree
@@ -254,7 +255,7 @@ async def _run_program(program: list[Step]) -> None:
             world.client.close()
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(250, suppress_health_check=list(HealthCheck))
 @given(PROGRAMS)
 @example([("snapshot", 1, None), ("write", (b"b",), 0, b"x" * 50_000), ("snapshot", 2, None),
           ("write", (b"b",), 0, b"y" * 50_000), ("unsnapshot", 1, None)])  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.fuzz.decoders import check, decoders
 from tests.fuzz.mutate import mutated
 
@@ -80,7 +81,7 @@ def test_changed_encodings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(decoders()) - SLOW - VERY_SLOW))
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(40, suppress_health_check=list(HealthCheck))
 @given(raw=st.binary(max_size=300), seed=st.integers(0, 2**32))
 def test_any_bytes(name: str, raw: bytes, seed: int) -> None:
     """Noise, and changes that Hypothesis can make smaller."""

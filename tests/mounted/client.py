@@ -10,38 +10,23 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from tests import commands
+from tests.ports import own_port
+
 TOKENS = 20_000
-
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("HPKV", "COVERAGE"))}
-ENVIRONMENT["PYTHONPATH"] = f"{ROOT}:{ROOT / 'server'}"
-
-
-def command(module: str, *arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", module, *map(str, arguments)]
 
 
 def run(
-    module: str, *arguments: str | Path, stdin: str = "", code: int = 0, cwd: Path | None = None
+    name: str, *arguments: str | Path, stdin: str = "", code: int = 0, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, which must be with this exit code."""
-    done = subprocess.run(
-        command(module, *arguments),
-        input=stdin,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=cwd,
-    )
+    done = commands.run(name, *arguments, stdin=stdin, cwd=cwd)
     assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)
     return done
 
@@ -49,27 +34,27 @@ def run(
 class Server:
     """hpkvd with data of its own, on a port that it keeps when it is started again."""
 
+    process: Any
+
     def __init__(self, data: Path) -> None:
         self.data = data
         run("hpkvd", "init", "--data", data)
-        self.address = "127.0.0.1:0"
+        self.address = f"127.0.0.1:{own_port()}"
         self.start()
 
     def start(self) -> None:
+        """Return when it answers."""
         arguments = ("serve", "--workers", "0", "--data", self.data, "--listen", self.address)
-        self.process = subprocess.Popen(
-            command("hpkvd", *arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        self.address = self.process.stdout.readline().strip().rpartition(" ")[2]
-        assert self.address, "the server did not start"
+        told, tell = os.pipe()
+        with open(told) as lines, open(tell, "w") as stdout:
+            with open(os.devnull) as nothing:
+                self.process = commands.Command("hpkvd", arguments, (nothing, stdout, 2))
+            stdout.close()
+            assert lines.readline(), "the server did not start"
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(timeout=20)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self.process.kill()
+        self.process.wait()
 
     def voucher(self, amount: int) -> str:
         return run("hpkvd", "voucher", "--data", self.data, "--amount", str(amount)).stdout.strip()
@@ -169,7 +154,7 @@ def _runs(pid: int | None) -> bool:
         return False
 
 
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 40) -> None:
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"

@@ -29,9 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from tests.commands import ENVIRONMENT, command
 from tests.fs.model import Model, Thing
 from tests.fs.play import Step, Tree, play_on_model
-from tests.mounted.client import ENVIRONMENT, Client, Server, command
+from tests.mounted.client import Client, Server
 
 NAMES: Final = [b"a", b"b", b"c", b"d"]
 HELD: Final = b"held"

@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import stat
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -17,6 +18,7 @@ import pytest
 
 from hpkvfs.types import BlobId
 from hpkvfs.volume.keys import VaultKeys
+from tests import commands
 from tests.mounted.client import Client, Server, eventually, forget_everything, tree
 
 MIB = 1 << 20
@@ -631,19 +633,17 @@ def test_read_only_means_it(mount: Client) -> None:
 
 
 def test_in_the_foreground_it_stays_until_sigint(vault: Client) -> None:
-    import subprocess
-
-    from tests.mounted.client import ENVIRONMENT, command
-
     process = subprocess.Popen(
-        command("hpkvfs", "--state", vault.state, "mount", "--foreground", vault.directory),
-        env=ENVIRONMENT,
+        commands.command(
+            "hpkvfs", "--state", vault.state, "mount", "--foreground", vault.directory
+        ),
+        env=commands.ENVIRONMENT,
         stderr=subprocess.PIPE,
     )
     eventually(vault.directory.is_mount, "the mount")
     (vault.directory / "file").write_text("content")
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert b"Traceback" not in said
     assert vault.json("status")["unpublished_bytes"] == 0

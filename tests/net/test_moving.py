@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpkvfs.errors import EmptyWallet, StoreError, Tagging
@@ -24,6 +24,7 @@ from hpkvfs.protocol.messages import (
     decode_request,
 )
 from tests.doubles import Fault
+from tests.examples import examples
 from tests.net.harness import World, chain, running
 from tests.net.test_store import another_epoch, cut_off, shown
 from tests.net.test_world import Life, steps
@@ -99,7 +100,7 @@ async def test_the_background_moves_at_times_of_its_own(world: World) -> None:
     start = trio.current_time()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(store.run)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while worth(store, 2) < 1_000:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
@@ -301,7 +302,7 @@ async def test_tagging_in_the_background_stops_the_client(world: World) -> None:
     world.wire.alter = lambda frame: shown(another_epoch())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(store.run)
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while store._epochs._tagging is None:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
@@ -388,9 +389,7 @@ async def live(directory: Path, script: list[object]) -> None:
         await life.end()
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
-)
+@examples(25)
 @given(lives)
 def test_no_token_is_lost_or_made_through_the_epochs(script: list[object]) -> None:
     with tempfile.TemporaryDirectory() as directory:

@@ -43,7 +43,7 @@ async def test_how_far_it_got_is_told_and_then_that_it_is_up(tmp_path: Path) -> 
         'NOTICE BOOTSTRAP PROGRESS=45 TAG=x SUMMARY="Loading relay descriptors"'
     )
     async with fake.at(tmp_path / "c") as path, tor.running(path, tmp_path, tell=told.append) as t:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while t.phase != "tor is at 45 %: loading relay descriptors":
                 await trio.sleep(0.01)
             fake.info["status/bootstrap-phase"] = "NOTICE BOOTSTRAP PROGRESS=100 TAG=done"
@@ -104,7 +104,7 @@ def locked(tmp_path: Path) -> Iterator[Path]:
 async def test_a_control_password_right_wrong_and_missing(locked: Path, tmp_path: Path) -> None:
     async def trouble(password: str | None) -> TorError:
         async with tor.running(locked, tmp_path, password=password) as found:
-            with trio.fail_after(20), pytest.raises(TorError) as caught:
+            with trio.fail_after(60), pytest.raises(TorError) as caught:
                 await found.ready()
         return caught.value
 
@@ -113,7 +113,7 @@ async def test_a_control_password_right_wrong_and_missing(locked: Path, tmp_path
     assert none.message == f"the tor at {locked} wants a password"
     assert "--tor-password-file" in wrong.hint and "--tor-password-file" in none.hint
     async with tor.running(locked, tmp_path, password=PASSWORD) as found:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while found.phase != "tor is at 0 %: starting":
                 await trio.sleep(0.02)
 
@@ -289,7 +289,7 @@ async def test_a_tor_with_several_control_ports_is_reached(tmp_path: Path) -> No
     async with tor.running(
         tor.OWN, tmp_path / "tor", more=tor.further_settings(tmp_path), tell=told.append
     ) as found:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not found.phase.startswith("tor is at 0 %"):
                 await trio.sleep(0.05)
     assert told[:2] == ["looking for tor", "starting tor"]

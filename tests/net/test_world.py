@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpkvfs.errors import EmptyWallet, KeyAbsent, KeyExists, Unreachable, VaultError
@@ -23,6 +23,7 @@ from hpkvfs.protocol.group import SigningKey
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.wallet.journal import Receipt
 from tests.doubles import Fault
+from tests.examples import examples
 from tests.net.harness import World, running
 from tests.store_contract import memo_of, new_blob
 
@@ -157,9 +158,7 @@ async def live(directory: Path, script: list[object]) -> None:
         await life.end()
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
-)
+@examples(25)
 @given(st.lists(steps, max_size=10))
 def test_no_token_and_no_blob_is_lost(script: list[object]) -> None:
     with tempfile.TemporaryDirectory() as directory:

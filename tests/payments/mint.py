@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from hpkvfs.protocol.ecash import Token
+from tests.ports import own_port
 
 ROOT = Path(__file__).parents[2]
 FEE = 100
@@ -61,8 +62,7 @@ class MintProcess:
         self._tokens: list[tuple[int, str]] = []
         tool = subprocess.run([ROOT / "tools" / "mint"], stdout=subprocess.PIPE, check=True)
         self._python = tool.stdout.decode().strip()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = own_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:

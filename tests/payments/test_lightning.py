@@ -254,7 +254,7 @@ async def test_a_mint_as_the_node(mint: MintProcess, tmp_path: Path) -> None:
         assert isinstance(reply, Payment), reply
         if not reply.paid:
             assert bolt11.millisats(reply.invoice.decode()) == 1_000 * SATS
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not reply.paid:
                 await trio.sleep(0.05)
                 reply = await till.cashier.pay(ORDER)

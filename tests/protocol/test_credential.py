@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpkvfs.protocol import credential
@@ -33,6 +33,7 @@ from hpkvfs.protocol.group import (
 )
 from hpkvfs.protocol.proofs import Shown, attribute_row
 from hpkvfs.protocol.tariff import Operation
+from tests.examples import examples
 from tests.protocol.parties import (
     VOUCHER,
     Stream,
@@ -74,7 +75,7 @@ def verify(request: bytes, about: Statement = ABOUT, presented: int = 2) -> None
 
 
 @given(amounts, st.integers(0, AMOUNT_LIMIT - 1))
-@settings(max_examples=8, deadline=None)
+@examples(8)
 def test_a_voucher_buys_exactly_its_amount(total: int, part: int) -> None:
     part = min(part, total)
     held = buy((part, total - part), f"voucher {total} {part}")
@@ -260,7 +261,7 @@ def test_a_request_is_for_one_issuer() -> None:
 
 
 @given(st.integers(0, 1_556 * 8 - 1))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_no_bit_of_a_request_can_change(bit: int) -> None:
     _, request, _ = insertion()
     flipped = patch(request, bit // 8, bytes([request[bit // 8] ^ 1 << bit % 8]))
@@ -269,7 +270,7 @@ def test_no_bit_of_a_request_can_change(bit: int) -> None:
 
 
 @given(st.integers(0, 388 * 8 - 1))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_no_bit_of_a_reply_can_change(bit: int) -> None:
     draft, _, reply = insertion()
     flipped = patch(reply, bit // 8, bytes([reply[bit // 8] ^ 1 << bit % 8]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpkvfs.protocol.epoch import EPOCH_SIZE, NO_EPOCH, EpochParameters
@@ -11,6 +11,7 @@ from hpkvfs.protocol.errors import BadIssuance, Malformed
 from hpkvfs.protocol.group import from_text, tagged_hash
 from hpkvfs.protocol.tariff import HOURS_LIMIT, Operation, Tariff, least_entry_price
 from hpkvfs.types import BLOB_SIZE, ENTRY_SIZE
+from tests.examples import examples
 from tests.protocol.parties import TARIFF, epoch, issuer
 
 U31 = st.integers(0, 2**31 - 1)
@@ -65,7 +66,7 @@ def test_deltas() -> None:
 
 
 @given(tariffs(), st.integers(0, 2**32 - 1), st.binary(min_size=32, max_size=32))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_parameters_survive_their_encoding(tariff: Tariff, number: int, previous: bytes) -> None:
     made = EpochParameters(number, tariff, issuer().parameters, previous)
     decoded = EpochParameters.decode(made.encode())

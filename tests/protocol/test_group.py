@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpkvfs.protocol import group
@@ -38,6 +38,7 @@ from hpkvfs.protocol.group import (
     verify_signature,
     wide_scalar,
 )
+from tests.examples import examples
 from tests.protocol.vectors import frozen
 
 EDGES = (1, 2, 3, 255, 256, ORDER // 2, ORDER // 2 + 1, ORDER - 2, ORDER - 1)
@@ -102,7 +103,7 @@ def test_decoding_bytes_gives_a_point_of_just_these_bytes_or_malformed(encoded: 
 
 
 @given(nonzero)
-@settings(max_examples=40)
+@examples(40)
 def test_every_way_to_multiply_agrees(scalar: int) -> None:
     expected = multiply(BASE.point, scalar)
     assert multiexp(((BASE, scalar),)) == expected
@@ -113,7 +114,7 @@ def test_every_way_to_multiply_agrees(scalar: int) -> None:
 
 
 @given(nonzero, nonzero, nonzero)
-@settings(max_examples=40)
+@examples(40)
 def test_sums_of_products_distribute(a: int, b: int, c: int) -> None:
     point = multiply(BASE.point, c)
     terms = ((BASE, a), (point, b), (BASE.point, 0))

@@ -175,7 +175,7 @@ class Crowd:
         """Requests so far."""
         return sum(one.acknowledged for one in self.customers)
 
-    def served(self, more: int, seconds: float = 30) -> None:
+    def served(self, more: int, seconds: float = 60) -> None:
         """Wait until so many more were answered."""
         enough = self.answered + more
         until(lambda: self.answered >= enough or any(o.failure for o in self.customers), seconds)

@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import psycopg
+
+from tests.ports import own_port
 
 BIN = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
 PASSWORD = "pw-7f3a9c"
@@ -28,7 +29,7 @@ class Cluster:
     def __init__(self, *settings: str) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="hpkvd-pg-"))
         self.data = self.home / "data"
-        self.port = _free_port()
+        self.port = own_port()
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
         self._schemas = 0
@@ -137,14 +138,8 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def _until(condition: Any, log: Path) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, log.read_text()
         time.sleep(0.05)

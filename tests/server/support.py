@@ -44,6 +44,7 @@ from hpkvfs.protocol.messages import (
 from hpkvfs.protocol.tariff import Tariff
 from hpkvfs.protocol.voucher import Voucher
 from hpkvfs.types import BLOB_SIZE, ENTRY_SIZE
+from tests import commands
 from tests.doubles import Clock
 
 ROOT = Path(__file__).parents[2]
@@ -216,12 +217,17 @@ async def local_server(path: Path, *, reserve: int = 0) -> AsyncIterator[LocalSe
         ledger.close()
 
 
-def hpkvd(*arguments: str, data: Path, timeout: float = 20) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
-    command = [sys.executable, "-m", "hpkvd", arguments[0], "--data", str(data), *arguments[1:]]
+def hpkvd(*arguments: str, data: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, with the environment of this moment."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'server'}"}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    return commands.run(
+        "hpkvd",
+        arguments[0],
+        "--data",
+        data,
+        *arguments[1:],
+        environment=environment,
+        timeout=timeout,
     )
 
 
@@ -269,7 +275,7 @@ class ServerProcess:
 
     def _end(self, how: signal.Signals) -> tuple[int, str]:
         self.process.send_signal(how)
-        _, told = self.process.communicate(timeout=20)
+        _, told = self.process.communicate(timeout=60)
         return self.process.returncode, told
 
     def restart(self) -> None:
@@ -291,7 +297,7 @@ def read_all(connection: socket.socket) -> bytes:
     return received
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait for something to come true; AssertionError if it does not."""
     end = time.monotonic() + seconds
     while not condition():

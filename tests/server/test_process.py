@@ -121,7 +121,7 @@ def test_ready_fd_gets_the_address(data: Path) -> None:
         assert ready
         host, _, port = os.read(reader, 100).decode().strip().rpartition(":")
         assert os.read(reader, 1) == b""
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((host, int(port)), timeout=60).close()
     finally:
         os.close(reader)
         process.send_signal(signal.SIGINT)

@@ -283,7 +283,7 @@ async def test_a_serving_server_says_that_it_misses_another_ones_epoch(
     settle(data, epochs=Schedule(days=1))
     serving.clock.ahead = 2 * SECONDS_PER_DAY
     serving.ledger.claim_epoch(NewestEpoch(2, 4711))
-    with trio.move_on_after(10):
+    with trio.move_on_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serving.rotation.run, serving.handler, serving.epochs)
             while "another server on this ledger began epoch 2" not in caplog.text:
@@ -340,7 +340,7 @@ def test_a_server_process_rotates(data: Path) -> None:
     with ServerProcess(data) as server:
         assert server.parameters().number == 1
         assert run("epoch", "rotate", "--data", str(data)).exit_code == 0
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while server.parameters().number == 1:
             assert time.monotonic() < deadline
             time.sleep(0.05)

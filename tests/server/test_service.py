@@ -44,7 +44,7 @@ async def serving(**limits: float) -> AsyncIterator[Running]:
     running = Running()
     listener = socket.create_server(("127.0.0.1", 0))
     running.port = listener.getsockname()[1]
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             chosen = Limits(**limits)  # type: ignore[arg-type]  # connections is an int
             nursery.start_soon(running.run, chosen, listener)

@@ -167,7 +167,7 @@ async def test_deleted_blobs_give_their_space_back(
     (full,) = funded._write.execute("PRAGMA page_count").fetchone()
     for text in texts:
         await funded.apply(transaction("d" + text, delete(text), "u" + text, "v" + text))
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         while funded._write.execute("PRAGMA freelist_count").fetchone()[0] >= 40:
             await trio.sleep(0.01)
     assert funded._write.execute("PRAGMA page_count").fetchone()[0] < full - 300

@@ -57,7 +57,7 @@ async def fill(ledger: SqliteLedger, epoch: int, count: int, size: int = 1) -> N
 async def swept(ledger: SqliteLedger) -> None:
     """Wait until the sweep is over, by what a reader of the file sees: the writer's own state,
     and even its `in_transaction`, say so while the last COMMIT is still being written."""
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while ledger._read.execute("SELECT swept < oldest FROM ended").fetchone() == (1,):
             await trio.sleep(0.01)
 
@@ -174,7 +174,7 @@ async def test_the_disk_space_is_given_back(path: Path, small_steps: None) -> No
     async with opened(path) as ledger:
         await ledger.retire(2)
         await swept(ledger)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while await ledger._tidied():
                 pass
     assert path.stat().st_size < full / 4

@@ -21,6 +21,7 @@ import trio
 from hpkvd import supervisor
 from hpkvd.supervisor import Supervisor
 from hpkvfs.protocol.messages import Parameters, ParametersRequest, decode_reply
+from tests.ports import own_port
 from tests.server.customers import Crowd, funded, workers
 from tests.server.support import ROOT, ServerProcess, hpkvd, new_blob, new_key, read_all, until
 
@@ -89,9 +90,11 @@ def test_settings_that_are_wrong_do_not_get_in_by_reloading(server: ServerProces
     (server.data / "hpkvd.toml").write_text("lisen = 3")
     server.process.send_signal(signal.SIGHUP)
     assert server.process.stderr is not None
-    lines = [server.process.stderr.readline() for _ in range(2)]
-    assert "no setting `lisen`" in lines[0]
-    assert "the old ones go on" in lines[1]
+    told = ""
+    while "the old ones go on" not in told:  # the timer of epochs may complain in between
+        told += (line := server.process.stderr.readline())
+        assert line
+    assert "no setting `lisen`" in told
     server.parameters()
     until(lambda: workers(server) == before)
 
@@ -133,7 +136,7 @@ async def test_a_worker_that_falls_silent_is_ended_and_replaced(
     monkeypatch.setattr(supervisor, "HANG_SECONDS", 0.2)
     parent = Supervisor([sys.executable, "-c", STUB], [], 1, stop_seconds=5)
     stop, ready = trio.Event(), trio.Event()
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(parent.run, stop, ready.set)
             await ready.wait()
@@ -146,26 +149,20 @@ async def test_a_worker_that_falls_silent_is_ended_and_replaced(
 
 async def test_workers_that_cannot_start_are_told_of_by_their_code() -> None:
     parent = Supervisor([sys.executable, "-c", "raise SystemExit(78)"], [], 2, stop_seconds=5)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         failure = await parent.run(trio.Event(), lambda: pytest.fail("not ready"))
     assert failure is not None
     assert failure.code == 78
 
 
 def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as page:
         text: str = page.read().decode()
     return text
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def test_the_counts_are_of_all_workers_and_coarse(data: Path) -> None:
-    port = free_port()
+    port = own_port()
     with ServerProcess(data, "--metrics", f"127.0.0.1:{port}", workers=2) as server:
         purse = funded(server, 100)
         key = new_key()

@@ -33,6 +33,8 @@ import stem
 from stem.control import Controller
 from stem.util import log as stem_log
 
+from tests.ports import own_port
+
 SECONDS_TO_START: Final = 60.0
 VOTING: Final = 1800
 RELAYS: Final = ("a0", "r0", "r1", "b0")
@@ -199,7 +201,7 @@ class Network:
 
     def build(self) -> None:
         """Make keys and settings, start everything, return when client and service are up."""
-        ports = _free_ports(3)
+        ports = [own_port() for _ in range(3)]
         self.values = dict(zip(("or_port", "dir_port", "bridge_port"), ports, strict=True))
         self.values |= {"owner": self.life.pid, "voting": VOTING}
         for name in (*RELAYS, *ENDS):
@@ -315,11 +317,3 @@ def _eventually(condition: Callable[[], object], what: str) -> None:
         if time.monotonic() > end:
             raise RuntimeError(f"waited {SECONDS_TO_START:g} s for {what}")
         time.sleep(0.05)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]

@@ -24,7 +24,8 @@ from hpkvd import identity as identities
 from hpkvd.config import IDENTITY
 from hpkvfs.address import onion_host
 from hpkvfs.protocol.identity import Identity
-from tests.mounted.client import ENVIRONMENT, Client, Server, command, eventually
+from tests.commands import ENVIRONMENT, command
+from tests.mounted.client import Client, Server, eventually
 from tests.payments.nodes import take_invoices
 from tests.tor.network import Namespace, Network
 
@@ -129,7 +130,14 @@ class OnionServer(Server):
 
     def start(self) -> None:
         """Return when it is published."""
-        arguments = ["serve", "--data", self.data, "--listen", self.address, "--onion"]
+        arguments: list[str | Path] = [
+            "serve",
+            "--data",
+            self.data,
+            "--listen",
+            self.address,
+            "--onion",
+        ]
         if "own" in self.options:
             self._network.prepare(self.data / "tor", f"ControlSocket {self.control}\n")
         else:
@@ -145,6 +153,10 @@ class OnionServer(Server):
         said = dict(line.removeprefix("hpkvd: ").rsplit(" ", 1) for line in told if line)
         self.address = said["listening on"]
         self.onion = said["onion service at"]
+
+    def stop(self) -> None:
+        super().stop()
+        self.process.stdout.close()
 
 
 class SellingServer(OnionServer):

@@ -31,7 +31,8 @@ from hpkvfs.protocol.codec import REPLY_SIZE, REQUEST_SIZE
 from hpkvfs.protocol.errors import Malformed
 from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.messages import Parameters, ParametersRequest, decode_reply
-from tests.mounted.client import ENVIRONMENT, command, eventually, tree
+from tests.commands import ENVIRONMENT, command
+from tests.mounted.client import eventually, tree
 from tests.server.support import read_all
 from tests.tor.network import Namespace, Network
 from tests.tor.parties import (
@@ -155,7 +156,7 @@ async def test_with_a_shared_login_it_is_one_circuit(network: Network, echoing: 
 
 
 async def until(condition: Any) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while not condition():
             await trio.sleep(0.05)
 
@@ -186,7 +187,7 @@ async def test_a_tor_that_died_is_noticed_and_found_again(network: Network) -> N
         while found.is_up:
             await trio.sleep(0.01)
         network.start("client")
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while not found.is_up:
                 await trio.sleep(0.05)
         assert found.starts == 2

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpkvfs.tree import btree
@@ -15,6 +15,7 @@ from hpkvfs.tree.btree import HALF, LEAST
 from hpkvfs.tree.check import check
 from hpkvfs.tree.node import CAPACITY, MAX_KEY, MAX_VALUE, CorruptNode, Node
 from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, Missing
+from tests.examples import examples
 from tests.tree.doubles import Cold, MissingHere, Shelf, Vault, narrow
 
 Edits = dict[bytes, bytes | None]
@@ -353,7 +354,7 @@ def test_check_asks_for_a_level_at_a_time() -> None:
 # Determinism
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.integers(0, 1 << 32), st.integers(1, 2_000))
 def test_the_same_edits_of_the_same_tree_give_the_same_bytes(seed: int, count: int) -> None:
     def build() -> dict[BlobRef, bytes]:

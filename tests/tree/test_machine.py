@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -10,6 +9,7 @@ from hpkvfs.tree import btree
 from hpkvfs.tree.btree import Applied, Edit
 from hpkvfs.tree.node import MAX_KEY, MAX_LEVEL, MAX_VALUE
 from hpkvfs.types import BlobRef
+from tests.examples import examples
 from tests.tree.doubles import Cold, MissingHere, Shelf, Vault, displaced_by, narrow
 
 SPAN = 3_000
@@ -166,7 +166,7 @@ class NarrowHistory(TreeHistory):
         self.narrow.__exit__(None, None, None)
 
 
-NarrowHistory.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+NarrowHistory.TestCase.settings = examples(40, stateful_step_count=25)
 TestNarrowHistory = NarrowHistory.TestCase
-TreeHistory.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TreeHistory.TestCase.settings = examples(40, stateful_step_count=25)
 TestTreeHistory = TreeHistory.TestCase

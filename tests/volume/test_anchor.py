@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hpkvfs.errors import CorruptBlob, NewerFormat, VaultError
@@ -194,7 +194,6 @@ def test_the_first_anchor_of_each_of_the_last_writers_stays() -> None:
     assert first == [Generation(n) for n in range(17, 400, 17)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2_000), max_size=12))
 @example([INLINE_ENTRIES + 1] * 320)  # pages of three levels
 def test_a_dead_list_holds_just_what_was_added(batches: list[int]) -> None:

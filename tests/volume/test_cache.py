@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpkvfs.cache import SLOT_SIZE, BlobCache
 from hpkvfs.types import OPENED_SIZE, BlobId, BlobRef
+from tests.examples import examples
 
 KEY = bytes(range(32))
 
@@ -137,7 +138,7 @@ def test_a_full_disk_is_only_a_smaller_cache(
     assert cache.get(ref(1)) is None
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["put", "get", "drop", "restart"]), st.integers(0, 7)),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from hpkvfs.errors import EmptyWallet
 from hpkvfs.protocol.tariff import Operation, Tariff
 from hpkvfs.wallet.wallet import Pending, Selection, Wallet, split
+from tests.examples import examples
 from tests.wallet.strategies import EPOCH, attempt, credential
 
 TARIFF = Tariff()
@@ -191,4 +192,4 @@ class WalletMachine(RuleBasedStateMachine):
 
 
 TestWallet = WalletMachine.TestCase
-TestWallet.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestWallet.settings = examples(60, stateful_step_count=40)

@@ -36,6 +36,7 @@ from hpkvfs.state import StateDirectory
 from hpkvfs.volume.keys import VaultKeys
 from tests.fs.play import START, Step, play, random_step, tree
 from tests.net.harness import epoch_one, identity
+from tests.ports import own_port
 
 KEYS = VaultKeys(bytes(range(32)))
 SECONDS_TO_ANSWER = 60
@@ -120,8 +121,7 @@ class World:
         self.state = StateDirectory(self.directory / "state")
         SqliteLedger.create(self.ledger)
         epoch_one(), identity()  # made here once, inherited by every server
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
+        self.port = own_port()
         self.state.create(KEYS, f"127.0.0.1:{self.port}", None, secrets.token_bytes, new=True)
 
     def server(self) -> Child:
