@@ -268,7 +268,7 @@ async def test_a_vault_sealed_with_what_the_server_knows_is_replaced(
             await shown_an_empty_vault(cheated)
 
 
-BAIT = 200
+BAIT = 70
 """As many blobs as the server makes up, one look-up of a token each, before it gives up."""
 
 

@@ -190,7 +190,7 @@ async def key_in_common(watched: tuple[Vault, Diary]) -> int:
     seen: list[set[bytes]] = []
     async with made.session() as opened:
         await opened.connect()
-        for number in range(12):
+        for number in range(7):
             diary.arrivals.clear()
             await play(opened, ("write", (b"b",), 0, bytes([number]) * 9_000))
             await opened.publish()
