@@ -17,8 +17,8 @@ table is checked before it is pinned, since a false table betrays amounts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
 
 import trio
 
@@ -41,6 +41,9 @@ _HINT: Final = (
     "a server that tells its users apart does so; nothing was spent: do not use it,"
     " and ask its operator"
 )
+
+
+Apart: TypeAlias = Callable[[], float]
 
 
 class Epochs:
@@ -93,16 +96,20 @@ class Epochs:
                     await self.refresh()
         return self._live[-1]
 
-    async def refresh(self) -> None:
-        """Ask which epochs there are; Tagging if that is not what others, or we, were shown."""
+    async def refresh(self, apart: Apart | None = None) -> None:
+        """Ask which epochs there are; Tagging if that is not what others, or we, were shown.
+
+        `apart`: how long each connection waits first, in seconds, where nobody does for the answer.
+        Then they do not come in one moment, in which they can be told to be one client's.
+        """
         try:
-            await self._refresh()
+            await self._refresh(apart)
         except Tagging as tagging:
             self._tagging = tagging
             raise
 
-    async def _refresh(self) -> None:
-        reply = await self._agreed(None)
+    async def _refresh(self, apart: Apart | None) -> None:
+        reply = await self._agreed(None, apart)
         newest = await self._accept(reply)
         if reply.digests[-1] != newest.digest:
             raise Misbehaviour("the server's newest epoch is not the last of its list", _HINT)
@@ -121,13 +128,13 @@ class Epochs:
 
     # Asking.
 
-    async def _agreed(self, digest: bytes | None) -> Parameters:
+    async def _agreed(self, digest: bytes | None, apart: Apart | None = None) -> Parameters:
         """What all witnesses are told. A new epoch may begin while they ask: then once more.
 
         Not at once: a server's processes take an epoch up one after the other, within a second.
         """
         for _ in range(_ROUNDS):
-            told = await self._told(digest)
+            told = await self._told(digest, apart)
             for one in told:
                 self._check_identity(one, told[0])
             if len({one.parameters if digest else one.encode() for one in told}) == 1:
@@ -137,11 +144,13 @@ class Epochs:
             await trio.sleep(SUCCESSION_SECONDS)
         raise Tagging("the server shows different parameters to different connections", _HINT)
 
-    async def _told(self, digest: bytes | None) -> list[Parameters]:
+    async def _told(self, digest: bytes | None, apart: Apart | None) -> list[Parameters]:
         frame = ParametersRequest(digest).encode()
         told: list[Parameters] = []
 
         async def ask(_: int) -> None:
+            if apart is not None:
+                await trio.sleep(apart())
             reply = await self._line.ask(frame)
             if isinstance(reply, Refused):
                 raise refusal(reply.reason)

@@ -23,11 +23,13 @@ from hpkvfs.protocol.epoch import EpochParameters
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Mean seconds, each time drawn at random: between questions for new epochs; until a pair of
+    """Mean seconds, each time drawn at random: between questions for new epochs; until each of the
+    connections asks that compare what they are told; until a pair of
     tokens moves into the newest epoch, from the one before and from older ones; between looks for
     such pairs; between two that move in a hurry."""
 
     notice: float = 6 * 3_600.0
+    apart: float = 300.0
     move: float = 3_600.0
     move_late: float = 300.0
     look: float = 60.0
@@ -55,7 +57,7 @@ class Mover:
         while True:
             await trio.sleep(self._random_time(self._pace.notice))
             with suppress(StoreError):
-                await self._tender.refresh()
+                await self._tender.refresh(lambda: self._random_time(self._pace.apart))
 
     async def move_in_time(self) -> None:
         """Each pair of an older epoch leaves it at a random time of its own; until cancelled."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
-from hpkvfs.net.epochs import Epochs
+from hpkvfs.net.epochs import Apart, Epochs
 from hpkvfs.net.order import Order
 from hpkvfs.net.refusals import UnknownEpoch
 from hpkvfs.net.reserve import Reserve
@@ -42,9 +42,10 @@ class Tender:
         self._write_off_ended()
         return newest
 
-    async def refresh(self) -> None:
-        """Ask which epochs there are, and write off what is held of ended ones."""
-        await self.epochs.refresh()
+    async def refresh(self, apart: Apart | None = None) -> None:
+        """Ask which epochs there are (see Epochs.refresh), and write off what is held of ended
+        ones."""
+        await self.epochs.refresh(apart)
         self._write_off_ended()
 
     async def surviving(self, call: Callable[[], Awaitable[T]]) -> T:

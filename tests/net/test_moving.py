@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import tempfile
 from collections.abc import AsyncIterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpkvfs.errors import EmptyWallet, StoreError, Tagging
-from hpkvfs.net.moving import Pace
+from hpkvfs.net.epochs import WITNESSES
+from hpkvfs.net.moving import Mover, Pace
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.protocol.messages import (
     ParametersRequest,
@@ -30,7 +32,7 @@ from tests.net.test_store import another_epoch, cut_off, shown
 from tests.net.test_world import Life, steps
 from tests.store_contract import memo_of, new_blob
 
-QUICK = Pace(notice=0.01, move=0.02, move_late=0.01, look=0.01, pause=0.001)
+QUICK = Pace(notice=0.01, apart=0.001, move=0.02, move_late=0.01, look=0.01, pause=0.001)
 CUTS = [Fault.LOSE_REQUEST, Fault.LOSE_REPLY, Fault.BREAK_REPLY, Fault.LATE, Fault.HANG]
 
 
@@ -80,7 +82,7 @@ async def test_everything_is_moved_and_nothing_lost(world: World) -> None:
 
 async def test_the_background_moves_at_times_of_its_own(world: World) -> None:
     """Not when a new epoch is noticed, and not all pairs at once."""
-    store = await world.rich_client(1_000, pace=Pace(notice=0.1, move=0.5, look=0.01))
+    store = await world.rich_client(1_000, pace=Pace(notice=0.1, apart=0.01, move=0.5, look=0.01))
     await store.prime()
     pairs = store._wallet.size // 2
     await world.rotate()
@@ -310,6 +312,30 @@ async def test_tagging_in_the_background_stops_the_client(world: World) -> None:
     with pytest.raises(Tagging):
         await store.look_up(new_blob()[0].public)
     assert store.balance.total == 100
+
+
+async def test_in_the_background_each_connection_asks_in_a_moment_of_its_own(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody waits for the answer, all do at once."""
+    waits, sleep, moment = list[float](), trio.sleep, count()
+
+    async def told(seconds: float) -> None:
+        waits.append(seconds)
+        await sleep(0)
+
+    store = await world.rich_client(100, pace=Pace(notice=1e6, apart=1e3, look=1e9))
+    monkeypatch.setattr(trio, "sleep", told)
+    monkeypatch.setattr(Mover, "_random_time", lambda _, mean: mean + next(moment))
+    await store.refresh()
+    assert not [one for one in waits if 1e3 <= one < 1e6]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store._mover.notice_in_time)
+        while len(noticed := [at for at, one in enumerate(waits) if one >= 1e6]) < 2:
+            await sleep(0.001)
+        nursery.cancel_scope.cancel()
+    apart = [one for one in waits[noticed[0] : noticed[1]] if 1e3 <= one < 1e6]
+    assert len(set(apart)) == len(apart) == WITNESSES
 
 
 # Lives.

@@ -31,7 +31,7 @@ from tests import books
 KEEP = Schedule().keep
 MOST = 16
 GAP = 70.0
-QUICK = Pace(notice=60.0, move=30.0, move_late=10.0, look=5.0, pause=0.5)
+QUICK = Pace(notice=60.0, apart=2.0, move=30.0, move_late=10.0, look=5.0, pause=0.5)
 
 
 @dataclass(frozen=True)

@@ -243,8 +243,8 @@ def _ended_epoch_still_paid_with() -> list[Replacement]:
     """The client takes every epoch that it knows for one in use."""
     refresh = hpkvfs.net.epochs.Epochs._refresh
 
-    async def trusting(self: Any) -> None:
-        await refresh(self)
+    async def trusting(self: Any, apart: Any) -> None:
+        await refresh(self, apart)
         self._live = sorted(self._known.values(), key=lambda one: one.number)
 
     return [(hpkvfs.net.epochs.Epochs, "_refresh", trusting)]
