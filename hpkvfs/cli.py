@@ -338,8 +338,8 @@ Examples:
 @click.option("--cache-size", type=click.IntRange(min=1), default=1024, metavar="MIB",
               show_default=True, help="Encrypted cache on this disk.")  # fmt: skip
 @click.option("--memory", type=click.IntRange(min=64), default=256, metavar="MIB",
-              show_default=True, help="Memory to get by with, unpublished data apart.")  # fmt: skip
-@click.option("--log-limit", type=click.IntRange(min=1), default=256, metavar="MIB",
+              show_default=True, help="Memory to get by with.")  # fmt: skip
+@click.option("--log-limit", type=click.IntRange(min=1), default=1024, metavar="MIB",
               show_default=True,
               help="Changes that may wait for the server; past it, writing does.")  # fmt: skip
 @click.option("--patience", type=click.FloatRange(min=1), metavar="S",
@@ -424,8 +424,7 @@ def mount_(
         remote_durability=durability == "remote",
         cache_bytes=cache_size << 20,
         memory=memory << 20,
-        dirty_limit=log_limit << 20,
-        publish_at=log_limit << 19,
+        log_limit=log_limit << 20,
         patience=patience,
         spread=spread,
         read_only=read_only or snapshot is not None,

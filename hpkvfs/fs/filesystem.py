@@ -27,7 +27,7 @@ from typing import Protocol
 
 from hpkvfs.fs import acl
 from hpkvfs.fs.acl import Acl
-from hpkvfs.fs.layer import Cut, Effect, Gone, Layer, Put, Usage, Write
+from hpkvfs.fs.layer import Cut, Effect, Gone, Layer, Put, Record, Usage, Write
 from hpkvfs.fs.memo import Memo, Xattrs
 from hpkvfs.fs.shelf import in_snapshot
 from hpkvfs.fs.view import Below, View
@@ -64,6 +64,7 @@ MAX_SIZE = 1 << 50
 MAX_SUM = MAX_OFFSET
 RELATIME = 24 * 3_600 * 10**9
 MOST_ACCESSES = 20_000
+HELD = 16 << 20
 _LENT = stat.S_ISUID | stat.S_ISGID
 
 
@@ -119,11 +120,11 @@ class Log(Protocol):
         """Bytes of it that no published generation covers."""
         ...
 
-    def replay(self, covered: int) -> Iterator[list[Effect]]:
+    def replay(self, covered: int) -> Iterator[tuple[Record, list[Effect]]]:
         """Records after those that a generation covers."""
         ...
 
-    def append(self, effects: Iterable[Effect]) -> None:
+    def append(self, effects: Iterable[Effect]) -> Record:
         """Add one operation; OSError when it can't be."""
         ...
 
@@ -144,6 +145,7 @@ class Filesystem:
     """Inodes, directories and file data over a published tree.
 
     `room(n)` tells whether n more dirty bytes can be accepted; it raises OSError if not.
+    `held`: so many bytes of the blocks of a layer stay in memory, if the log has the others.
     """
 
     def __init__(
@@ -153,8 +155,10 @@ class Filesystem:
         names: NameHash,
         clock: Clock,
         room: Callable[[int], None] = lambda _: None,
+        held: int = HELD,
     ) -> None:
         self._below = below
+        self._held = held
         self._log = log
         self._names = names
         self._clock = clock
@@ -179,8 +183,8 @@ class Filesystem:
         self.next_ino = max(next_ino, ROOT_INO)
         self._base = (size, files)
         replayed = 0
-        for effects in self._log.replay(covered):
-            self._take(effects)
+        for record, effects in self._log.replay(covered):
+            self._take(effects, record)
             replayed += 1
         return replayed
 
@@ -280,13 +284,15 @@ class Filesystem:
         return [self.active] if self.frozen is None else [self.active, self.frozen]
 
     @property
-    def backlog(self) -> int:
-        """Bytes that wait to be published: of memory, or of the log where that has more.
+    def logged(self) -> int:
+        """Bytes that wait to be published, in the log."""
+        return self._log.size
 
-        The log has more when the same thing is changed again and again; memory has when a few
-        bytes here and there make many blocks.
-        """
-        return max(self.dirty, self._log.size)
+    @property
+    def in_memory(self) -> int:
+        """Bytes that wait to be published, in memory: names and attributes, and those blocks that
+        the log has in pieces, or that were written just now."""
+        return sum(layer.held + layer.item_weight for layer in self._layers)
 
     @property
     def view(self) -> View:
@@ -836,18 +842,20 @@ class Filesystem:
         effects = [_effect(change) for change in changes]
         if any(in_snapshot(_inode_of(effect)) for effect in effects):
             raise fail(errno.EROFS)
-        self._log.append(effects)
+        record = self._log.append(effects)
         self.position += 1
-        self._take(effects)
+        self._take(effects, record)
         for inode in inodes:
             self._memo.inodes[inode.ino] = inode
 
-    def _take(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            self.active.apply(effect)
+    def _take(self, effects: list[Effect], record: Record) -> None:
+        for at, effect in enumerate(effects):
+            self.active.apply(effect, record, at)
             ino = self._memo.note(effect)
             if ino >= self.next_ino:
                 self.next_ino = ino + 1
+        if self.active.held > self._held:
+            self.active.ease(self._held)
 
     def _restack(self) -> None:
         self._view = View(self._layers, self._below)

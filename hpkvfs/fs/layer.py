@@ -6,19 +6,25 @@ the active one, which operations change, and a frozen one that is being publishe
 both lies the tree. Everything is applied through `Effect`s, which are also exactly what the
 redo log stores, so replaying the log and having lived through it give the same layer.
 
+A block whose bytes came with one write can leave them to the log's record of it (`ease`), so what
+waits to be published needs little memory, however much it is.
+
 Invariants
   - within one layer, items and blocks are newer than its cuts and gone marks: applying a cut
     first drops what it covers from the layer;
   - a block's bytes outside `valid` come from the layers below, through this layer's cuts;
-  - nothing a layer below holds is ever changed.
+  - nothing a layer below holds is ever changed;
+  - `held` is the bytes of blocks that are in memory; a block that left its bytes to the log still
+    tells them, for as long as the log has the record.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from sortedcontainers import SortedDict
 
@@ -67,36 +73,94 @@ class Usage(NamedTuple):
 Effect = Put | Gone | Cut | Write | Usage
 
 
-class DirtyBlock:
-    """One block of a file, known in the byte ranges `valid`, elsewhere as below."""
+class Record(Protocol):
+    """An operation's effects in the redo log."""
 
-    __slots__ = ("data", "valid")
+    def written(self, at: int) -> bytes:
+        """The bytes of its effect number `at`, a Write; VaultError when they are not there."""
+        ...
+
+
+class Origin(NamedTuple):
+    """Where a block's bytes are in the log: from `start` on in the bytes of an effect."""
+
+    record: Record
+    at: int
+    start: int
+
+
+class DirtyBlock:
+    """One block of a file, known in the byte ranges `valid`, elsewhere as below.
+
+    `size`: of its bytes; they are in memory, or in the log only (after `leave`).
+    """
+
+    __slots__ = ("_data", "_origin", "size", "valid")
 
     def __init__(self, fresh: bool) -> None:
-        self.data = bytearray()
+        self._data: bytearray | None = bytearray()
+        self._origin: Origin | None = None
+        self.size = 0
         self.valid: list[tuple[int, int]] = list(_FULL) if fresh else []
 
     @property
     def full(self) -> bool:
-        """Whether nothing of the block comes from below (bytes past `data` are zeros)."""
+        """Whether nothing of the block comes from below (bytes past its size are zeros)."""
         return self.valid == _FULL
 
-    def write(self, start: int, data: bytes | memoryview) -> None:
-        """Overwrite bytes from `start`; they must end within the block."""
+    @property
+    def data(self) -> bytes | bytearray:
+        """Its bytes; VaultError when the log does not have them any more."""
+        if self._data is not None:
+            return self._data
+        assert self._origin is not None
+        record, at, start = self._origin
+        return record.written(at)[start : start + self.size]
+
+    @property
+    def held(self) -> int:
+        """How many bytes of it are in memory."""
+        return 0 if self._data is None else self.size
+
+    def write(self, start: int, data: bytes | memoryview, origin: Origin | None = None) -> bool:
+        """Overwrite bytes from `start`; they must end within the block.
+
+        Whether all its bytes are those now, so that they can be left to their `origin`.
+        """
         end = start + len(data)
-        if len(self.data) < start:
-            self.data.extend(bytes(start - len(self.data)))
-        self.data[start:end] = data
+        whole = start == 0 and end >= self.size and (self.full or end == BLOCK)
+        if whole:
+            self._data = bytearray(data)
+        else:
+            self._data = known = bytearray(self.data) if self._data is None else self._data
+            if len(known) < start:
+                known.extend(bytes(start - len(known)))
+            known[start:end] = data
+        self._origin = origin if whole else None
+        self.size = len(self._data)
         if not self.full:
             self._mark(start, end)
+        return self._origin is not None
+
+    def leave(self) -> int:
+        """Leave its bytes to the log, if that has them in one piece; how many left memory."""
+        if self._origin is None or self._data is None:
+            return 0
+        self._data = None
+        return self.size
+
+    def drop(self) -> None:
+        """It is no longer part of a layer: there is nothing to leave."""
+        self._origin = None
 
     def over(self, base: bytes) -> bytes:
         """The block's content, given what lies below it."""
         if self.full:
             return bytes(self.data)
-        merged = bytearray(base.ljust(len(self.data), b"\0"))
+        data = self.data
+        merged = bytearray(base.ljust(len(data), b"\0"))
         for start, end in self.valid:
-            merged[start:end] = self.data[start:end].ljust(end - start, b"\0")
+            merged[start:end] = data[start:end].ljust(end - start, b"\0")
         return bytes(merged)
 
     def _mark(self, start: int, end: int) -> None:
@@ -110,7 +174,11 @@ class DirtyBlock:
 
 @dataclass(slots=True)
 class Layer:
-    """Changes not yet published. `weight` estimates the bytes they will cost in blobs."""
+    """Changes not yet published.
+
+    weight: estimates the bytes they will cost in blobs; item_weight: those of its items;
+    held: bytes of blocks in memory.
+    """
 
     items: SortedDict[bytes, bytes | None] = field(default_factory=SortedDict)
     blocks: dict[int, dict[int, DirtyBlock]] = field(default_factory=dict)
@@ -119,13 +187,25 @@ class Layer:
     usage_bytes: int = 0
     usage_files: int = 0
     weight: int = 0
+    item_weight: int = 0
+    held: int = 0
+    _whole: deque[DirtyBlock] = field(default_factory=deque)
 
     def __bool__(self) -> bool:
         return bool(self.items or self.blocks or self.gone or self.cuts)
 
-    def apply(self, effect: Effect) -> None:
-        """Make one change."""
-        _APPLY[type(effect)](self, *effect)
+    def apply(self, effect: Effect, record: Record | None = None, at: int = 0) -> None:
+        """Make one change, which the log has as effect number `at` of a record."""
+        if type(effect) is Write:
+            self._write(effect, record, at)
+        else:
+            _APPLY[type(effect)](self, *effect)
+
+    def ease(self, held: int) -> None:
+        """Leave bytes of blocks to the log, the longest unwritten first, until `held` are left
+        or all others are in the log in pieces."""
+        while self.held > held and self._whole:
+            self.held -= self._whole.popleft().leave()
 
     def hides(self, key: bytes) -> bool:
         """Whether an item of a lower layer is removed by a cut or a gone mark of this one."""
@@ -165,8 +245,14 @@ class Layer:
             yield kind_range(ino, ItemKind.INLINE, block * BLOCK)
 
     def _put(self, key: bytes, value: bytes | None) -> None:
-        self.weight += _ITEM_COST + len(value or b"")
+        if key in self.items:
+            self._weigh(-_ITEM_COST - len(self.items[key] or b""))
+        self._weigh(_ITEM_COST + len(value or b""))
         self.items[key] = value
+
+    def _weigh(self, change: int) -> None:
+        self.weight += change
+        self.item_weight += change
 
     def _use(self, size: int, files: int) -> None:
         self.usage_bytes += size
@@ -182,39 +268,44 @@ class Layer:
         self.cuts.pop(ino, None)
         self.gone.add(ino)
 
-    def _write(self, ino: int, offset: int, data: bytes, fresh: int) -> None:
+    def _write(self, effect: Write, record: Record | None, at: int) -> None:
+        ino, offset, data, fresh = effect
         blocks = self.blocks.setdefault(ino, {})
-        view = memoryview(data)
-        while view:
-            number, start = divmod(offset, BLOCK)
-            piece = view[: BLOCK - start]
+        view, done = memoryview(data), 0
+        while done < len(data):
+            number, start = divmod(offset + done, BLOCK)
+            piece = view[done : done + BLOCK - start]
             block = blocks.get(number)
             if block is None:
                 block = blocks[number] = DirtyBlock(number >= fresh or len(piece) == BLOCK)
-            before = len(block.data)
-            block.write(start, piece)
-            self.weight += len(block.data) - before
-            offset += len(piece)
-            view = view[len(piece) :]
+            size, held = block.size, block.held
+            origin = None if record is None else Origin(record, at, done)
+            if block.write(start, piece, origin):
+                self._whole.append(block)
+            self.weight += block.size - size
+            self.held += block.held - held
+            done += len(piece)
 
     def _drop_blocks(self, ino: int, start: int) -> None:
         blocks = self.blocks.get(ino)
         if blocks is None:
             return
         for number in [n for n in blocks if n >= start]:
-            self.weight -= len(blocks.pop(number).data)
+            block = blocks.pop(number)
+            self.weight -= block.size
+            self.held -= block.held
+            block.drop()
         if not blocks:
             del self.blocks[ino]
 
     def _drop_items(self, low: bytes, high: bytes) -> None:
         for key in list(self.items.irange(low, high, inclusive=(True, False))):
-            self.weight -= _ITEM_COST + len(self.items.pop(key) or b"")
+            self._weigh(-_ITEM_COST - len(self.items.pop(key) or b""))
 
 
 _APPLY: dict[type[Effect], Callable[..., None]] = {
     Put: Layer._put,
     Gone: Layer._remove,
     Cut: Layer._cut,
-    Write: Layer._write,
     Usage: Layer._use,
 }

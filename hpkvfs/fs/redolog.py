@@ -28,6 +28,7 @@ import errno
 import hashlib
 import hmac
 import logging
+import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -52,6 +53,23 @@ _EFFECTS: tuple[type[Effect], ...] = (Put, Gone, Cut, Write, Usage)
 _CODE: dict[type[Effect], int] = {kind: code for code, kind in enumerate(_EFFECTS)}
 
 
+class Record:
+    """An operation in the log, to be read again. Implements fs.layer.Record."""
+
+    __slots__ = ("_log", "at", "index", "number", "size")
+
+    def __init__(self, log: RedoLog, number: int, index: int, at: int, size: int) -> None:
+        """Of file `number`, sealed with nonce `index`, `size` bytes from `at` on."""
+        self._log = log
+        self.number, self.index, self.at, self.size = number, index, at, size
+
+    def written(self, at: int) -> bytes:
+        """See fs.layer.Record."""
+        effect = self._log.read_again(self)[at]
+        assert isinstance(effect, Write)
+        return effect.data
+
+
 class RedoLog:
     """Append-only, encrypted, in numbered files of one directory."""
 
@@ -62,6 +80,8 @@ class RedoLog:
         self._fd: int | None = None
         self._cipher: ChaCha20Poly1305 | None = None
         self._retired: dict[int, int] = {}
+        self._ciphers: dict[int, ChaCha20Poly1305] = {}
+        self._again: tuple[Record | None, list[Effect]] = None, []
         self._records = 0
         self._size = 0
         self._sizes: dict[int, int] = {}
@@ -76,31 +96,52 @@ class RedoLog:
         """Bytes of all files that no published generation covers."""
         return sum(self._sizes.values()) + self._size
 
-    def replay(self, covered: int) -> Iterator[list[Effect]]:
+    def replay(self, covered: int) -> Iterator[tuple[Record, list[Effect]]]:
         """Every record after the files that a generation covers, in order; then starts anew."""
         files = [n for n in self._files() if n > covered]
         self._last = (covered, 0)
         for number in files:
             self._adopt(number)
-            for index, effects in enumerate(self._read(number, covered), 1):
-                yield effects
-                self._last = (number, index)
+            for record, effects in self._read(number, covered):
+                yield record, effects
+                self._last = (number, record.index + 1)
         self.number = max([covered, *files])
 
-    def append(self, effects: Iterable[Effect]) -> None:
+    def read_again(self, record: Record) -> list[Effect]:
+        """What a record says; VaultError when its file was dropped or changed. The last one is
+        remembered: blocks written together are read together."""
+        if self._again[0] is not record:
+            self._again = record, self._load(record)
+        return self._again[1]
+
+    def _load(self, record: Record) -> list[Effect]:
+        number = record.number
+        fd = self._retired.get(number, self._fd)
+        try:
+            assert fd is not None
+            sealed = os.pread(fd, record.size, record.at)
+            body = self._ciphers[number].decrypt(_nonce(record.index), sealed, None)
+        except (OSError, InvalidTag) as error:
+            raise VaultError(
+                f"redo log {number} cannot be read back: {error or 'it is not what was written'}",
+                "see to the disk; what was published is safe",
+            ) from error
+        return _effects(body)
+
+    def append(self, effects: Iterable[Effect]) -> Record:
         """Add one operation; OSError (ENOSPC, EIO, ...) and nothing added when it can't."""
         try:
-            self._append(effects)
+            return self._append(effects)
         except OSError as error:
             self.failure = error
             raise
 
-    def _append(self, effects: Iterable[Effect]) -> None:
+    def _append(self, effects: Iterable[Effect]) -> Record:
         if self._fd is None:
             self._open()
         assert self._cipher is not None and self._fd is not None
         body = msgpack.packb([(_CODE[type(e)], *e) for e in effects], use_bin_type=True)
-        sealed = self._cipher.encrypt(self._records.to_bytes(12, "big"), body, None)
+        sealed = self._cipher.encrypt(_nonce(self._records), body, None)
         size = _LENGTH.size + len(sealed)
         try:
             parts = [_LENGTH.pack(len(sealed)), sealed]
@@ -113,9 +154,12 @@ class RedoLog:
         except OSError:
             self._fail(self._fd)
             raise
+        start = self._size + _LENGTH.size
+        record = Record(self, self.number, self._records, start, len(sealed))
         self._records += 1
         self._size += size
         self._last = (self.number, self._records)
+        return record
 
     def _fail(self, fd: int) -> None:
         """Leave the file as it was before the record that could not be added, and for good."""
@@ -150,8 +194,10 @@ class RedoLog:
     def drop(self, covered: int) -> None:
         """Delete the files that a published generation covers."""
         self.failure = None
+        self._again = None, []
         for number in [n for n in self._retired if n <= covered]:
             os.close(self._retired.pop(number))
+            self._ciphers.pop(number, None)
         for number in self._files():
             if number <= covered:
                 self._path(number).unlink(missing_ok=True)
@@ -169,7 +215,7 @@ class RedoLog:
         self.number += 1
         path = self._path(self.number)
         salt = self._rng(16)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         header = _HEADER.pack(_MAGIC, _VERSION, self.number, *self._last, salt)
         fd = os.open(path, flags, 0o600)
         try:
@@ -181,6 +227,7 @@ class RedoLog:
             path.unlink(missing_ok=True)
             raise
         self._fd, self._cipher = fd, self._cipher_of(header)
+        self._ciphers[self.number] = self._cipher
         self._records, self._size, self._zeroed = 0, len(header), len(header)
 
     def _cipher_of(self, header: bytes) -> ChaCha20Poly1305:
@@ -192,27 +239,37 @@ class RedoLog:
             fd = self._retired[number] = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
             self._sizes[number] = os.fstat(fd).st_size
 
-    def _read(self, number: int, covered: int) -> Iterator[list[Effect]]:
-        raw = self._path(number).read_bytes()
-        if not self._follows(number, raw, covered):
-            return
-        cipher = self._cipher_of(raw[: _HEADER.size])
+    def _read(self, number: int, covered: int) -> Iterator[tuple[Record, list[Effect]]]:
+        fd = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            if size < _HEADER.size:
+                return  # power failed before anything of it was on the disk
+            with mmap.mmap(fd, size, access=mmap.ACCESS_READ) as raw:
+                if self._follows(number, raw[: _HEADER.size + _LENGTH.size], covered):
+                    yield from self._records_of(number, raw)
+        finally:
+            os.close(fd)
+
+    def _records_of(self, number: int, raw: mmap.mmap) -> Iterator[tuple[Record, list[Effect]]]:
+        cipher = self._ciphers[number] = self._cipher_of(raw[: _HEADER.size])
         at, index = _HEADER.size, 0
         while at + _LENGTH.size <= len(raw):
-            end = at + _LENGTH.size + _LENGTH.unpack_from(raw, at)[0]
-            if end == at + _LENGTH.size:
+            start = at + _LENGTH.size
+            end = start + _LENGTH.unpack_from(raw, at)[0]
+            if end == start:
                 return
             try:
-                body = cipher.decrypt(index.to_bytes(12, "big"), raw[at + _LENGTH.size : end], None)
+                body = cipher.decrypt(_nonce(index), raw[start:end], None)
             except InvalidTag:
                 if end < len(raw):
                     log.warning("redo log %d ends early, at record %d", number, index)
                 return
-            yield [_effect(form) for form in msgpack.unpackb(body, raw=False)]
+            yield Record(self, number, index, start, end - start), _effects(body)
             at, index = end, index + 1
 
     def _follows(self, number: int, raw: bytes, covered: int) -> bool:
-        """Whether a file goes on where the last one that was read ended."""
+        """Whether a file that begins like this goes on where the last one that was read ended."""
         if len(raw.rstrip(b"\0")) < _HEADER.size:
             return False  # power failed before anything of it was on the disk
         magic, version, found, *before, _ = _HEADER.unpack_from(raw)
@@ -237,6 +294,14 @@ class RedoLog:
 
 def _no_room() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _nonce(index: int) -> bytes:
+    return index.to_bytes(12, "big")
+
+
+def _effects(body: bytes) -> list[Effect]:
+    return [_effect(form) for form in msgpack.unpackb(body, raw=False)]
 
 
 def _effect(form: list[Any]) -> Effect:

@@ -25,7 +25,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from hpkvfs.fs.layer import Effect
+from hpkvfs.fs.layer import Effect, Record
 from hpkvfs.types import BlobRef
 from hpkvfs.volume.items import (
     ROOT_INO,
@@ -223,11 +223,11 @@ class NoLog:
 
     size = 0
 
-    def append(self, effects: Iterable[Effect]) -> None:
+    def append(self, effects: Iterable[Effect]) -> Record:
         """EROFS."""
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    def replay(self, covered: int) -> Iterator[list[Effect]]:
+    def replay(self, covered: int) -> Iterator[tuple[Record, list[Effect]]]:
         """Nothing."""
         return iter(())
 

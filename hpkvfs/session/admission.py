@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 RESERVED_BLOBS: Final = 16
 ROOMY_BLOBS: Final = 1_024
+WAITING_IN_MEMORY: Final = 0.25
 
 
 class Admission:
@@ -56,21 +57,26 @@ class Admission:
 
     def is_crowded(self, size: int) -> bool:
         """Whether `admit` has anything to do."""
-        return self._fs.backlog + size > self._options.publish_at
+        return self._is_past(0.5, size)
 
     async def admit(self, size: int) -> None:
         """Wait while too much is not published; ENOSPC when it can't be."""
-        waiting = self._fs.backlog
-        if waiting + size > self._options.publish_at:
+        if self._is_past(0.5, size):
             self._hurry()
-        while waiting and waiting + size > self._options.dirty_limit:
+        while self._fs.dirty and self._is_past(1, size):
             why = self._why_stuck()
             if why is not None:
                 self._say_it_is_full(why)
                 raise fail(errno.ENOSPC)
             self._hurry()
             await self._tried.wait()
-            waiting = self._fs.backlog
+
+    def _is_past(self, part: float, size: int) -> bool:
+        """Whether, with `size` bytes more, this part of what may wait is waiting."""
+        return (
+            self._fs.logged + size > self._options.log_limit * part
+            or self._fs.in_memory + size > self._options.memory * part * WAITING_IN_MEMORY
+        )
 
     def published(self) -> None:
         """All that waited when this began is published."""

@@ -98,7 +98,8 @@ def _build(
     breakglass = Breakglass(keys, store, journal, clock, rng)
     rooms: list[Session] = []
     shelf = Shelf(volume, names, shown=options.snapshots_shown)
-    fs = Filesystem(shelf, redo, names, clock, lambda size: rooms[0].admission.room(size))
+    held = options.memory // 16
+    fs = Filesystem(shelf, redo, names, clock, lambda size: rooms[0].admission.room(size), held)
     parts = (keys, journal, store, volume, fs, shelf, names, writer)
     rooms.append(Session(*parts, options, clock, breakglass, rng, state, redo))
     return rooms[0]

@@ -11,15 +11,14 @@ MIB = 1 << 20
 class Options:
     """How a vault is used.
 
-    memory: bytes that the process is to get by with, what waits to be published apart; the
-    caches of nodes and extents take three eighths of it, the interpreter and what is under way
-    the rest;
+    memory: bytes that the process is to get by with; the caches of nodes and extents take three
+    eighths of it, changes that wait to be published a quarter at most, the interpreter and what is
+    under way the rest;
     publish_interval: seconds between generations while something changes; remote_durability:
-    fsync waits for the server; dirty_limit: bytes of changes, those of names and attributes too,
-    that may wait to be published, in memory or in the log;
-    publish_at: so many are published without waiting for the interval; patience:
-    seconds to try each request; spread: seconds over which each step of a publication is drawn
-    out; snapshots_shown: they are readable under `.snapshots` in the root directory.
+    fsync waits for the server; log_limit: bytes of changes, those of names and attributes too,
+    that may wait in the log to be published; patience: seconds to try each request; spread:
+    seconds over which each step of a publication is drawn out;
+    snapshots_shown: they are readable under `.snapshots` in the root directory.
 
     read_only: publish nothing, look every follow_interval seconds for what another client did;
     takeover: go on from what another client wrote; kept: the number of a copy of changes that
@@ -32,8 +31,7 @@ class Options:
     remote_durability: bool = False
     cache_bytes: int = 1024 * MIB
     memory: int = 256 * MIB
-    dirty_limit: int = 256 * MIB
-    publish_at: int = 128 * MIB
+    log_limit: int = 1024 * MIB
     patience: float | None = None
     spread: float = 0.0
     snapshots_shown: bool = True

@@ -18,7 +18,7 @@ from hpkvfs.fs.shelf import Shelf
 from hpkvfs.types import ANCHOR_BIT, BlobId, BlobRef, Missing
 from hpkvfs.volume import fsck, gc
 from hpkvfs.volume.blob import Sealer
-from hpkvfs.volume.items import NameHash
+from hpkvfs.volume.items import BLOCK, NameHash
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.volume.volume import Known, Volume
 from tests.doubles import MemoryStore
@@ -74,7 +74,8 @@ class Client:
         self.volume = Volume(machine.keys, sealer, machine.store, NoCache(), machine.known)
         names = NameHash(machine.keys.secret("names"))
         self.shelf = Shelf(self.volume, names)
-        self.fs = Filesystem(self.shelf, self.log, names, machine.clock)
+        # memory for three blocks only, so that those of most files are left to the log
+        self.fs = Filesystem(self.shelf, self.log, names, machine.clock, held=3 * BLOCK)
         anchor = machine.known.anchor if machine.known else None
         next_id = anchor.next_id if anchor else BlobId(0)
         self.publisher = Publisher(self.volume, self.fs, self, b"writer00", next_id, machine.clock)

@@ -20,7 +20,7 @@ def opened(directory: Path) -> RedoLog:
 
 def replayed(directory: Path, covered: int = 0) -> list[int]:
     """The records that a new process finds, by what they say."""
-    return [effect.ino for (effect,) in opened(directory).replay(covered) if is_gone(effect)]
+    return [effect.ino for _, (effect,) in opened(directory).replay(covered) if is_gone(effect)]
 
 
 def is_gone(effect: Effect) -> bool:

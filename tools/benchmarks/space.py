@@ -80,7 +80,7 @@ async def _vault(path: Path, server: Server) -> AsyncIterator[Session]:
         state,
         keys,
         TcpDialer(server.host, server.port),
-        Options(dirty_limit=1 << 40),
+        Options(log_limit=1 << 40),
         clock=time.time_ns,
         rng=secrets.token_bytes,
     ) as session:
