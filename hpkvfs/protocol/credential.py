@@ -42,7 +42,7 @@ from hpkvfs.protocol.group import (
     add,
     decode_nonzero,
     decode_points,
-    decode_scalar,
+    decode_scalars,
     encode_points,
     encode_scalar,
     generator_multiple,
@@ -97,7 +97,8 @@ _MAC_SIZE: Final = SCALAR_SIZE + 2 * POINT_SIZE
 DELTA_LIMIT: Final = 2**62
 CREDENTIAL_SIZE: Final = 4 + 2 * SCALAR_SIZE + 2 * POINT_SIZE
 PARAMETERS_SIZE: Final = 2 * POINT_SIZE + digits.TABLE_SIZE
-REPLY_SIZE: Final = REQUESTED * _MAC_SIZE + (1 + ISSUANCE_LENGTH) * SCALAR_SIZE
+_MACS_SIZE: Final = REQUESTED * _MAC_SIZE
+REPLY_SIZE: Final = _MACS_SIZE + (1 + ISSUANCE_LENGTH) * SCALAR_SIZE
 
 _SHOWN: Final = len(Shown._fields)
 _REQUESTED_POINTS: Final = 1 + digits.POINTS
@@ -282,8 +283,8 @@ def parse(request: bytes, presented: int) -> CredentialRequest:
         raise Malformed(f"a request presents 0 or 2 credentials, not {presented}")
     if len(request) != request_size(presented):
         raise Malformed(f"a credential request has {request_size(presented)} bytes here")
-    points = tuple(decode_points(request[: _points_size(presented)]))
-    challenge, *responses = split(request[_points_size(presented) :], SCALAR_SIZE)
+    size = _points_size(presented)
+    points, scalars = tuple(decode_points(request[:size])), decode_scalars(request[size:])
     first = presented * _SHOWN
     parsed = CredentialRequest(
         request,
@@ -291,9 +292,11 @@ def parse(request: bytes, presented: int) -> CredentialRequest:
         tuple(
             Requested(group[0], group[1:]) for group in _groups(points[first:], _REQUESTED_POINTS)
         ),
-        decode_nonzero(challenge),
-        tuple(map(decode_scalar, responses)),
+        scalars[0],
+        tuple(scalars[1:]),
     )
+    if not parsed.challenge:
+        raise Malformed("a challenge is zero")
     if len(set(parsed.serials)) != presented:
         raise Malformed("a serial is presented twice")
     ms = [place + _SHOWN * POINT_SIZE * presented for place in (0, _REQUESTED_POINTS * POINT_SIZE)]
@@ -499,7 +502,7 @@ class Draft:
         macs, challenge, responses = _parse_reply(reply)
         parts = zip(self._wanted, macs, self._ms, strict=True)
         first, second = (Credential(a, r, *mac, m) for (a, r), mac, m in parts)
-        transcript = _issuance_transcript(parameters, self._binding, macs)
+        transcript = _issuance_transcript(parameters, self._binding, reply[:_MACS_SIZE])
         weight = transcript.weights()[0]
         amount, r = (
             weight * one + (1 - weight) * other
@@ -530,21 +533,21 @@ def _parse_reply(reply: bytes) -> tuple[list[Mac], int, Vector]:
         raise Malformed(f"a reply has {REPLY_SIZE} bytes, not {len(reply)}")
     macs = [
         Mac(decode_nonzero(mac[:SCALAR_SIZE]), *decode_points(mac[SCALAR_SIZE:]))
-        for mac in split(reply[: REQUESTED * _MAC_SIZE], _MAC_SIZE)
+        for mac in split(reply[:_MACS_SIZE], _MAC_SIZE)
     ]
     if len({mac.t for mac in macs}) != REQUESTED:
         raise Malformed("t is repeated")
-    challenge, *responses = split(reply[REQUESTED * _MAC_SIZE :], SCALAR_SIZE)
-    return macs, decode_nonzero(challenge), tuple(map(decode_scalar, responses))
+    challenge, *responses = decode_scalars(reply[_MACS_SIZE:])
+    if not challenge:
+        raise Malformed("a challenge is zero")
+    return macs, challenge, tuple(responses)
 
 
-def _issuance_transcript(
-    parameters: IssuerParameters, binding: bytes, macs: Sequence[Mac]
-) -> Transcript:
+def _issuance_transcript(parameters: IssuerParameters, binding: bytes, macs: bytes) -> Transcript:
     transcript = Transcript("hpkv/issuance/v1")
     transcript.append("issuer", parameters.digest)
     transcript.append("request", binding)
-    transcript.append("macs", _encode_macs(macs))
+    transcript.append("macs", macs)
     return transcript
 
 
@@ -679,7 +682,8 @@ class Issuer:
         binding = statement.binding(len(request.shown), request.encoded)
         first, second = (r.m for r in request.requested)
         issued = self._draw(binding)
-        macs = [self._mac(c, m) for c, m in zip(issued, (first, second), strict=True)]
+        pairs = zip(issued, (first, second), strict=True)
+        macs = _encode_macs(self._mac(c, m) for c, m in pairs)
         transcript = _issuance_transcript(self.parameters, binding, macs)
         # From all that the challenge will cover: equal nonces mean an equal challenge.
         nonces = self._prf("nonce", transcript.digest(), ISSUANCE_LENGTH)
@@ -687,7 +691,7 @@ class Issuer:
         rows = issuance_rows(issued, ((mix(first, second, weight), 1),), weight, nonces)
         challenge = _challenge(transcript, commit_secret(rows))
         responses = respond(nonces, self._key, challenge)
-        return _encode_macs(macs) + b"".join(map(encode_scalar, (challenge, *responses)))
+        return macs + b"".join(map(encode_scalar, (challenge, *responses)))
 
     def _draw(self, binding: bytes) -> tuple[Issued, Issued]:
         """t, and u, which is as secret as the key: knowing it of a few MACs, one could forge."""

@@ -46,7 +46,7 @@ _COMB_OFFSETS: Final = (2**256 - 1 - ORDER, 2**256 - 1)  # of even scalars, of o
 _ZERO: Final = bytes(SCALAR_SIZE)
 _BUILDING: Final = Lock()
 _POINTER: Final = int(_ffi.sizeof("void *"))
-_LANES: Final = 32 * _POINTER
+_SECOND: Final = 1 if byteorder == "little" else _POINTER - 2  # byte of a pointer
 _RAW_SIZE: Final = int(_ffi.sizeof("secp256k1_pubkey"))
 # Types and functions are looked up once, not by name for each of the dozens of points in a proof.
 _new: Final[Any] = _ffi.new
@@ -59,10 +59,14 @@ _KEY: Final[Any] = _ffi.typeof("secp256k1_pubkey *")
 _KEYS: Final[Any] = _ffi.typeof("secp256k1_pubkey *[]")
 _BYTES: Final[Any] = _ffi.typeof("unsigned char []")
 _SIZE: Final[Any] = _ffi.typeof("size_t *")
+_NULL: Final[Any] = _ffi.NULL
+_memmove: Final[Any] = _ffi.memmove
+_WHOLE: Final = b"\4" + bytes(64)  # SEC 1 uncompressed: 04 || x || y
 
-_TABLE_SIZE: Final = 8192 * _RAW_SIZE
 _HUGE_PAGE: Final = 2**21
-_ROOM: Final[list[memoryview]] = []
+_ROW: Final = _HUGE_PAGE // 32
+_INTERLEAVED: Final = 256 // _RAW_SIZE
+_ROOM: Final[list[tuple[object, int]]] = []
 
 
 def encode_scalar(scalar: int) -> bytes:
@@ -78,6 +82,17 @@ def decode_scalar(encoded: bytes) -> int:
     if scalar >= ORDER:
         raise Malformed("a scalar is not reduced")
     return scalar
+
+
+def decode_scalars(encoded: bytes) -> list[int]:
+    """From 32 bytes each; Malformed if one is not canonical."""
+    if len(encoded) % SCALAR_SIZE:
+        raise Malformed(f"scalars of {len(encoded)} bytes")
+    starts = range(0, len(encoded), SCALAR_SIZE)
+    scalars = [int.from_bytes(encoded[i : i + SCALAR_SIZE], "big") for i in starts]
+    if max(scalars, default=0) >= ORDER:
+        raise Malformed("a scalar is not reduced")
+    return scalars
 
 
 def decode_nonzero(encoded: bytes) -> int:
@@ -177,7 +192,15 @@ def encode_points(points: Iterable[Point]) -> bytes:
 
 def decode_points(encoded: bytes) -> list[Point]:
     """Inverse of encode_points; Malformed if one is not a point."""
-    return [Point.decode(piece) for piece in split(encoded, POINT_SIZE)]
+    if len(encoded) % POINT_SIZE:
+        raise Malformed(f"points of {len(encoded)} bytes")
+    points, bytes_of = [], _ffi.from_buffer(_BYTES, encoded)
+    for start in range(0, len(encoded), POINT_SIZE):
+        raw = _new(_KEY)
+        if not _parse(_CONTEXT, raw, bytes_of + start, POINT_SIZE):
+            raise Malformed("not a point of secp256k1")
+        points.append(Point(raw))
+    return points
 
 
 class FixedBase:
@@ -185,83 +208,76 @@ class FixedBase:
 
     A scalar s, or s - n if s is even, becomes u = (s + 2^256 - 1) / 2, whose bytes b select
     2b - 255: never zero, so that each product is exactly 32 additions, whatever the scalar.
+    Entry b of row i is 2^16 i + 2^8 b bytes behind the first, so that b is a byte of its address.
     """
 
-    __slots__ = ("_room", "_start", "point")
+    __slots__ = ("_owner", "_rows", "point")
 
     def __init__(self, point: Point) -> None:
         self.point: Final = point
-        self._room: memoryview | None = None
-        self._start = 0
+        self._owner: object = None
+        self._rows = b""
 
-    def addresses(self, scalar: int) -> bytes:
-        """Where the 32 table entries are whose sum is scalar * point, as native pointers.
-
-        All 32 are computed at once, in one wide integer of 32 lanes.
-        """
-        start = self._start or self._build()
+    def addresses(self, scalar: int) -> bytearray:
+        """Where the 32 table entries are whose sum is scalar * point, as native pointers."""
+        places = bytearray(self._rows or self._build())
         scalar %= ORDER
         recoded = (scalar + _COMB_OFFSETS[scalar & 1]) >> 1
-        lanes = bytearray(_LANES)
-        lanes[::_POINTER] = recoded.to_bytes(32, "little")
-        return (start + int.from_bytes(lanes, "little") * _RAW_SIZE).to_bytes(_LANES, byteorder)
+        places[_SECOND::_POINTER] = recoded.to_bytes(32, "little")
+        return places
 
-    def _build(self) -> int:
+    def _build(self) -> bytes:
         """Make the table once: a second one would free the first under another thread's feet."""
         with _BUILDING:
-            if not self._start:
-                self._room = _room()
-                first = _fill(self._room, self.point)
-                rows = (first + row * 256 * _RAW_SIZE for row in range(32))
-                self._start = sum(entry << 8 * _POINTER * row for row, entry in enumerate(rows))
-        return self._start
+            if not self._rows:
+                self._owner, first = _room()
+                _fill(first, self.point)
+                rows = range(first, first + _HUGE_PAGE, _ROW)
+                self._rows = b"".join(row.to_bytes(_POINTER, byteorder) for row in rows)
+        return self._rows
 
 
 Base = Point | FixedBase
 Term = tuple[Base, int]
 
 
-def _room() -> memoryview:
-    """512 KiB for a table, in a huge page where the kernel has them.
+def _room() -> tuple[object, int]:
+    """The address of a table's first entry, and who keeps it: in a huge page where there are any.
 
     A product reads 32 entries from anywhere in its table. With small pages, finding where those
-    are in memory is a sixth of its time.
+    are in memory is a sixth of its time. Four tables fill a page, entry by entry in turn.
+
+    It is the address that is kept, and no object of cffi's: when those of from_buffer are in a
+    cycle, collecting them makes the process crash.
     """
     if not _ROOM:
         pages = mmap.mmap(-1, 2 * _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError, AttributeError):
             pages.madvise(mmap.MADV_HUGEPAGE)
-        start = -int(_ffi.cast("uintptr_t", _ffi.from_buffer(pages))) % _HUGE_PAGE
-        aligned = memoryview(pages)[start : start + _HUGE_PAGE]
-        _ROOM.extend(aligned[i : i + _TABLE_SIZE] for i in range(0, _HUGE_PAGE, _TABLE_SIZE))
+        start = int(_ffi.cast("uintptr_t", _ffi.from_buffer(pages)))
+        first = start + -start % _HUGE_PAGE
+        _ROOM.extend((pages, first + _RAW_SIZE * place) for place in range(_INTERLEAVED))
     return _ROOM.pop()
 
 
-def _fill(room: memoryview, base: Point) -> int:
-    """Write a table; its address, good as long as the caller keeps `room`.
-
-    It is the address that is kept, and no object of cffi's: when those of from_buffer are in a
-    cycle, collecting them makes the process crash.
-    """
-    first = int(_ffi.cast("uintptr_t", _ffi.from_buffer(room)))
+def _fill(first: int, base: Point) -> None:
+    """Write a table."""
     table = _ffi.cast(_KEY, first)
     for row in range(32):
-        base = _fill_row(table + 256 * row, base)
-    return first
+        base = _fill_row(table + row * _ROW // _RAW_SIZE, base)
 
 
 def _fill_row(row: Any, base: Point) -> Point:
     """Write (2b - 255) base for b = 0..255; return 256 base."""
+    entries = [row + _INTERLEAVED * b for b in range(256)]
     twice = add(base, base)
-    pair = _new("secp256k1_pubkey *[2]", [row, twice._raw])
-    row[128] = base._raw[0]
+    entries[128][0] = base._raw[0]
     for b in range(129, 256):
-        pair[0] = row + b - 1
-        _combine(_CONTEXT, row + b, pair, 2)
+        _combine(_CONTEXT, entries[b], [entries[b - 1], twice._raw], 2)
     for b in range(128):
-        row[b] = row[255 - b]
-        _lib.secp256k1_ec_pubkey_negate(_CONTEXT, row + b)
-    last = Point(_new(_KEY, row[255]))
+        entries[b][0] = entries[255 - b][0]
+        _lib.secp256k1_ec_pubkey_negate(_CONTEXT, entries[b])
+    last = Point(_new(_KEY, entries[255][0]))
     return add(last, base)
 
 
@@ -283,21 +299,24 @@ def add(*points: Point) -> Point:
 
 def multiply(point: Point, scalar: int) -> Point:
     """scalar * point in variable time; Infinity for scalar 0 mod n."""
-    raw = _new(_KEY, point._raw[0])
-    encoded = (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")
-    if not _tweak_mul(_CONTEXT, raw, encoded):
+    return Point(_product(point._raw, scalar))
+
+
+def _product(key: Any, scalar: int) -> Any:
+    raw = _new(_KEY, key[0])
+    if not _tweak_mul(_CONTEXT, raw, (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")):
         raise Infinity("a product with zero")
-    return Point(raw)
+    return raw
 
 
 def multiexp(terms: Iterable[Term], *points: Point) -> Point:
     """Sum of base * scalar, plus `points`, in variable time; Infinity when it is."""
-    keys, fixed = [point._raw for point in points], []
+    keys, fixed = [point._raw for point in points], list[bytes | bytearray]()
     for base, scalar in terms:
         if isinstance(base, FixedBase):
             fixed.append(base.addresses(scalar))
         elif scalar % ORDER:
-            keys.append(multiply(base, scalar)._raw)
+            keys.append(_product(base._raw, scalar))
     if not fixed:
         return _sum(keys)
     if keys:
@@ -306,11 +325,10 @@ def multiexp(terms: Iterable[Term], *points: Point) -> Point:
 
 
 @_ffi.callback("int(unsigned char *, unsigned char *, unsigned char *, void *)")  # type: ignore[untyped-decorator]  # cffi has no types
-def _whole_point(output: Any, x: Any, y: Any, _data: Any) -> int:
-    """An ECDH "hash" that keeps the point: 04 || x || y, SEC 1 uncompressed."""
-    output[0] = 4
-    _ffi.memmove(output + 1, x, 32)
-    _ffi.memmove(output + 33, y, 32)
+def _coordinates(output: Any, x: Any, y: Any, _data: Any) -> int:
+    """An ECDH "hash" that keeps the point: x || y."""
+    _memmove(output, x, 32)
+    _memmove(output + 32, y, 32)
     return 1
 
 
@@ -322,11 +340,11 @@ def multiply_secret(base: Base, scalar: int) -> Point:
     encoded = (scalar % ORDER).to_bytes(SCALAR_SIZE, "big")
     if encoded == _ZERO:
         raise Infinity("a product with zero")
-    whole = _new(_BYTES, 65)
-    if not _ecdh(_CONTEXT, whole, point._raw, encoded, _whole_point, _ffi.NULL):
+    whole = _new(_BYTES, _WHOLE)
+    if not _ecdh(_CONTEXT, whole + 1, point._raw, encoded, _coordinates, _NULL):
         raise RuntimeError("a product was interrupted")  # never the other side's fault
     raw = _new(_KEY)
-    _parse(_CONTEXT, raw, whole, 65)
+    _parse(_CONTEXT, raw, whole, len(_WHOLE))
     return Point(raw)
 
 

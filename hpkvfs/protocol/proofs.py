@@ -55,7 +55,7 @@ def commit(rows: Iterable[Row]) -> list[Point]:
 def commit_secret(rows: Iterable[Row]) -> list[Point]:
     """M(k) in constant time, each distinct product once."""
     products: dict[Term, Point] = {}
-    return [add(*(_product(products, term) for term in _collected(row))) for row in rows]
+    return [add(*(_product(products, *term) for term in _collected(row))) for row in rows]
 
 
 def _collected(row: Row) -> Iterable[Term]:
@@ -67,10 +67,14 @@ def _collected(row: Row) -> Iterable[Term]:
     return *scalars.items(), *(term for term in row if not isinstance(term[0], FixedBase))
 
 
-def _product(products: dict[Term, Point], term: Term) -> Point:
-    if term not in products:
-        products[term] = multiply_secret(*term)
-    return products[term]
+def _product(products: dict[Term, Point], base: Base, scalar: int) -> Point:
+    """Only generators occur twice; and to compare points is to encode them."""
+    if not isinstance(base, FixedBase):
+        return multiply_secret(base, scalar)
+    product = products.get((base, scalar))
+    if product is None:
+        product = products[base, scalar] = multiply_secret(base, scalar)
+    return product
 
 
 def recompute(rows: Iterable[Row], images: Iterable[Point], challenge: int) -> list[Point]:

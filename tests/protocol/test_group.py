@@ -25,7 +25,9 @@ from hpkvfs.protocol.group import (
     SigningKey,
     add,
     decode_nonzero,
+    decode_points,
     decode_scalar,
+    decode_scalars,
     encode_scalar,
     from_text,
     generator_multiple,
@@ -182,18 +184,36 @@ def test_differences_of_short_scalars_have_inverses(one: bytes, other: bytes) ->
 @given(st.integers(0, ORDER - 1))
 def test_scalars_survive_their_encoding(scalar: int) -> None:
     assert decode_scalar(encode_scalar(scalar)) == scalar
+    assert decode_scalars(encode_scalar(scalar) * 3) == [scalar] * 3
 
 
 @pytest.mark.parametrize("value", [ORDER, ORDER + 1, 2**256 - 1])
 def test_scalars_that_are_not_reduced_are_refused(value: int) -> None:
     with pytest.raises(Malformed):
         decode_scalar(value.to_bytes(32, "big"))
+    with pytest.raises(Malformed):
+        decode_scalars(bytes(32) + value.to_bytes(32, "big"))
 
 
 @pytest.mark.parametrize("encoded", [b"", bytes(31), bytes(33)])
 def test_scalars_of_the_wrong_length_are_refused(encoded: bytes) -> None:
     with pytest.raises(Malformed):
         decode_scalar(encoded)
+
+
+@pytest.mark.parametrize("size", [1, 31, 63])
+def test_scalars_and_points_that_are_cut_off_are_refused(size: int) -> None:
+    with pytest.raises(Malformed):
+        decode_scalars(bytes(size))
+    with pytest.raises(Malformed):
+        decode_points((2 * G.point.encode())[:size])
+
+
+def test_tables_that_share_a_page_do_not_disturb_one_another() -> None:
+    bases = [FixedBase(from_text(f"neighbour {number}")) for number in range(5)]
+    for scalar in (1, 2, ORDER - 1, 2**255 + 12_345):
+        for base in bases:
+            assert multiexp(((base, scalar),)) == multiply(base.point, scalar)
 
 
 def test_zero_is_refused_where_it_is_forbidden() -> None:
