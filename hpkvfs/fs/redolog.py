@@ -28,7 +28,6 @@ import errno
 import hashlib
 import hmac
 import logging
-import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -242,31 +241,28 @@ class RedoLog:
     def _read(self, number: int, covered: int) -> Iterator[tuple[Record, list[Effect]]]:
         fd = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            size = os.fstat(fd).st_size
-            if size < _HEADER.size:
-                return  # power failed before anything of it was on the disk
-            with mmap.mmap(fd, size, access=mmap.ACCESS_READ) as raw:
-                if self._follows(number, raw[: _HEADER.size + _LENGTH.size], covered):
-                    yield from self._records_of(number, raw)
+            if self._follows(number, os.pread(fd, _HEADER.size + _LENGTH.size, 0), covered):
+                yield from self._records_of(number, fd)
         finally:
             os.close(fd)
 
-    def _records_of(self, number: int, raw: mmap.mmap) -> Iterator[tuple[Record, list[Effect]]]:
-        cipher = self._ciphers[number] = self._cipher_of(raw[: _HEADER.size])
-        at, index = _HEADER.size, 0
-        while at + _LENGTH.size <= len(raw):
+    def _records_of(self, number: int, fd: int) -> Iterator[tuple[Record, list[Effect]]]:
+        cipher = self._ciphers[number] = self._cipher_of(os.pread(fd, _HEADER.size, 0))
+        length, at, index = os.fstat(fd).st_size, _HEADER.size, 0
+        while at + _LENGTH.size <= length:
             start = at + _LENGTH.size
-            end = start + _LENGTH.unpack_from(raw, at)[0]
-            if end == start:
+            (size,) = _LENGTH.unpack(os.pread(fd, _LENGTH.size, at))
+            if not size:
                 return
             try:
-                body = cipher.decrypt(_nonce(index), raw[start:end], None)
+                sealed = os.pread(fd, size, start) if size <= length - start else b""
+                body = cipher.decrypt(_nonce(index), sealed, None)
             except InvalidTag:
-                if end < len(raw):
+                if start + size < length:
                     log.warning("redo log %d ends early, at record %d", number, index)
                 return
-            yield Record(self, number, index, start, end - start), _effects(body)
-            at, index = end, index + 1
+            yield Record(self, number, index, start, size), _effects(body)
+            at, index = start + size, index + 1
 
     def _follows(self, number: int, raw: bytes, covered: int) -> bool:
         """Whether a file that begins like this goes on where the last one that was read ended."""

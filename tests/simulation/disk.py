@@ -125,9 +125,6 @@ class Place:
         prefix = pattern.removesuffix("*")
         return iter([one for one in self.iterdir() if one.name.startswith(prefix)])
 
-    def read_bytes(self) -> bytes:
-        return bytes(self.disk.files[self.path].data)
-
     def unlink(self, missing_ok: bool = False) -> None:
         self.disk.check(Point.REDO_KEPT)
         self.disk.files.pop(self.path, None)
@@ -137,9 +134,9 @@ class Place:
 class DiskOs:
     """As much of the module os as a redo log uses, on Disks."""
 
-    O_WRONLY, O_CREAT, O_EXCL = os.O_WRONLY, os.O_CREAT, os.O_EXCL
+    O_CREAT, O_EXCL = os.O_CREAT, os.O_EXCL
     O_CLOEXEC = os.O_CLOEXEC
-    O_RDONLY, O_DIRECTORY = os.O_RDONLY, os.O_DIRECTORY
+    O_RDONLY, O_RDWR, O_DIRECTORY = os.O_RDONLY, os.O_RDWR, os.O_DIRECTORY
     strerror = staticmethod(os.strerror)
 
     def __init__(self) -> None:
@@ -186,6 +183,10 @@ class DiskOs:
         file.data[offset : offset + len(data)] = data
         disk.check(Point.REDO_AFTER)
         return len(data)
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """Read at a place."""
+        return bytes(self._file(fd)[1].data[offset : offset + size])
 
     def ftruncate(self, fd: int, size: int) -> None:
         """Shorten."""
