@@ -82,16 +82,6 @@ class MemoryStore:
         del self.blobs[signer.public]
         self._perform("delete", memo)
 
-    def tamper(self, key: bytes, at: int = 1_000) -> None:
-        """Flip one bit of the blob under this key."""
-        blob = bytearray(self.blobs[key])
-        blob[at] ^= 1
-        self.blobs[key] = bytes(blob)
-
-    def forget_outcomes(self) -> None:
-        """What the volume does once an anchor is published."""
-        self.outcomes.clear()
-
     async def _arrive(self, call: str) -> None:
         self.calls[call] += 1
         self.in_flight += 1

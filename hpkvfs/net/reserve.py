@@ -35,15 +35,11 @@ class Reserve:
     async def fill(self, epoch: EpochParameters, amounts: Sequence[int]) -> None:
         """Have credentials of just these amounts in the reserve, which the journal then has.
 
-        It is not durable yet. What fails leaves an empty reserve: half of one is in no entry.
+        It is not durable yet. What fails may leave some of them there, which the next call lets go.
         """
         self._wallet.release_reserve()
-        try:
-            for amount in amounts:
-                await self._fill_one(epoch, amount)
-        except BaseException:
-            self._wallet.release_reserve()
-            raise
+        for amount in amounts:
+            await self._fill_one(epoch, amount)
         self._till.journal.reserve(self._wallet.reserve)
 
     async def _fill_one(self, epoch: EpochParameters, amount: int) -> None:

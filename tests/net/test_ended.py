@@ -333,15 +333,21 @@ async def test_a_claim_out_of_an_entry(world: World, fault: Fault) -> None:
 # A voucher.
 
 
-@pytest.mark.parametrize("fault", CUTS)
-@pytest.mark.parametrize("retried", [False, True])
-async def test_a_voucher(world: World, fault: Fault, retried: bool) -> None:
-    """Redeemed in the newest epoch if it was not before; else its tokens expired, which is told."""
+async def half_redeemed(world: World, fault: Fault) -> tuple[str, RemoteStore]:
+    """A voucher of 60 tokens, and whose redemption was cut short in an epoch that has ended."""
     text = await world.sold(60)
     store = world.client()
     await store.parameters()
     await cut_off(world, fault, store.redeem, text)
     await rotate(world)
+    return text, store
+
+
+@pytest.mark.parametrize("fault", CUTS)
+@pytest.mark.parametrize("retried", [False, True])
+async def test_a_voucher(world: World, fault: Fault, retried: bool) -> None:
+    """Redeemed in the newest epoch if it was not before; else its tokens expired, which is told."""
+    text, store = await half_redeemed(world, fault)
     if not retried:
         store = await restarted(world)
     if fault not in ARRIVED:
@@ -360,11 +366,7 @@ async def test_a_voucher(world: World, fault: Fault, retried: bool) -> None:
 @pytest.mark.parametrize("is_first", [False, True])
 async def test_a_voucher_that_the_background_settles_as_lost(world: World, is_first: bool) -> None:
     """Whoever redeems it, meanwhile or then, is told once of the loss, and how it came to it."""
-    text = await world.sold(60)
-    store = world.client()
-    await store.parameters()
-    await cut_off(world, Fault.LOSE_REPLY, store.redeem, text)
-    await rotate(world)
+    text, store = await half_redeemed(world, Fault.LOSE_REPLY)
     store = await restarted(world)
     if is_first:
         await store.recover()
@@ -386,11 +388,7 @@ async def test_a_voucher_cut_short_in_two_epochs(
     world: World, first: Fault, second: Fault, rotations: int
 ) -> None:
     """And settled without being told the voucher again: the journal has it."""
-    text = await world.sold(60)
-    store = world.client()
-    await store.parameters()
-    await cut_off(world, first, store.redeem, text)
-    await rotate(world)
+    text, store = await half_redeemed(world, first)
     store = await restarted(world)
     await store.parameters()
     await cut_off(world, second, store.redeem, text)
@@ -408,11 +406,7 @@ async def test_a_voucher_cut_short_in_two_epochs(
 async def test_a_voucher_and_a_crash_at_each_commit(
     world: World, commits: int, keeps_last: bool, fault: Fault
 ) -> None:
-    text = await world.sold(60)
-    store = world.client()
-    await store.parameters()
-    await cut_off(world, fault, store.redeem, text)
-    await rotate(world)
+    text, store = await half_redeemed(world, fault)
     store = await restarted(world)
     await store.parameters()
     await world.journals[-1].flush()

@@ -60,11 +60,6 @@ async def restarted(world: World, **options: object) -> RemoteStore:
     return world.client(**options)  # type: ignore[arg-type]
 
 
-def moves(world: World) -> list[ReissueRequest]:
-    requests = [decode_request(frame) for frame in world.wire.frames]
-    return [one for one in requests if isinstance(one, ReissueRequest) and one.into]
-
-
 # Moving.
 
 

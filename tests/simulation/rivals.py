@@ -37,8 +37,6 @@ WRITER = Options(cache_bytes=CACHE_BYTES, publish_interval=1e7)
 READER = replace(WRITER, read_only=True, follow_interval=1e7)
 TRIES, IN_CALM = 12, 6
 
-Work = Callable[[Session], Awaitable[Any]]
-
 
 @dataclass(eq=False)
 class Client:

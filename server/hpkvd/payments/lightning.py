@@ -13,7 +13,8 @@ payment for an invoice, and none for less than it asks.
 from __future__ import annotations
 
 import base64
-from collections.abc import Awaitable, Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any, Final, Protocol
 
@@ -111,22 +112,6 @@ def _label(seed: bytes) -> str:
     return f"hpkvd-{tagged_hash('hpkv/invoice/label/v1', seed).hex()}"
 
 
-async def _found(find: Callable[[], Awaitable[Any]], make: Callable[[], Awaitable[None]]) -> Any:
-    """The invoice, made unless it is there. Whatever making it comes to, looking tells."""
-    found = await find()
-    if found is not None:
-        return found
-    failure: Exception = Away("an invoice that was made is not there")
-    try:
-        await make()
-    except (Away, Declined) as error:
-        failure = error
-    found = await find()
-    if found is None:
-        raise failure
-    return found
-
-
 def _waiting(invoice: Any, seconds: int) -> Waiting:
     if not isinstance(invoice, str) or not invoice.isascii() or not invoice.isalnum():
         raise ValueError("no invoice")
@@ -142,8 +127,8 @@ def _enough(paid: Any, sats: int) -> Settled:
     return Settled()
 
 
-class CoreLightning:
-    """clnrest: POST /v1/METHOD with a rune, for methods `invoice` and `listinvoices` alone."""
+class _Node(ABC):
+    """Makes an invoice that follows from the sale's seed, so that it can be looked for."""
 
     def __init__(self, web: Web) -> None:
         self._web = web
@@ -154,7 +139,40 @@ class CoreLightning:
 
     async def collect(self, data: bytes, sats: int, expiry: int, now: int) -> Outcome:
         """See Invoices."""
-        found = await _found(lambda: self._find(data), lambda: self._make(data, sats, expiry))
+        return self._outcome(await self._found(data, sats, expiry), sats, now)
+
+    async def _found(self, seed: bytes, sats: int, expiry: int) -> Any:
+        """The invoice, made unless it is there. Whatever making it comes to, looking tells."""
+        found = await self._find(seed)
+        if found is not None:
+            return found
+        failure: Exception = Away("an invoice that was made is not there")
+        try:
+            await self._make(seed, sats, expiry)
+        except (Away, Declined) as error:
+            failure = error
+        found = await self._find(seed)
+        if found is None:
+            raise failure
+        return found
+
+    @abstractmethod
+    async def _find(self, seed: bytes) -> Any:
+        """The invoice as the node describes it; None if there is none."""
+
+    @abstractmethod
+    async def _make(self, seed: bytes, sats: int, expiry: int) -> None:
+        """Make it, payable for `expiry` seconds."""
+
+    @abstractmethod
+    def _outcome(self, found: Any, sats: int, now: int) -> Outcome:
+        """How it is, from its description."""
+
+
+class CoreLightning(_Node):
+    """clnrest: POST /v1/METHOD with a rune, for methods `invoice` and `listinvoices` alone."""
+
+    def _outcome(self, found: Any, sats: int, now: int) -> Outcome:
         match found["status"]:
             case "paid":
                 return _enough(found["amount_received_msat"], sats)
@@ -179,19 +197,10 @@ class CoreLightning:
         await self._web.post("v1/invoice", body)
 
 
-class Lnd:
+class Lnd(_Node):
     """REST with a macaroon, for `invoices:read invoices:write` alone."""
 
-    def __init__(self, web: Web) -> None:
-        self._web = web
-
-    async def begin(self, sats: int, rng: Callable[[int], bytes], now: int) -> bytes:
-        """See Invoices."""
-        return rng(SEED_SIZE)
-
-    async def collect(self, data: bytes, sats: int, expiry: int, now: int) -> Outcome:
-        """See Invoices."""
-        found = await _found(lambda: self._find(data), lambda: self._make(data, sats, expiry))
+    def _outcome(self, found: Any, sats: int, now: int) -> Outcome:
         match found["state"]:
             case "SETTLED":
                 return _enough(found["amt_paid_msat"], sats)
