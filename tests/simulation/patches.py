@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ import trio._core._run
 
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.protocol.credential import Draft, Issuer, IssuerParameters
+from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.session.records import LocalRecords
 from hpkvfs.types import ANCHOR_BIT, BlobRef
 from hpkvfs.volume.volume import Known
@@ -72,6 +74,10 @@ _CHEAP: dict[str, Any] = {
     f"{Issuer.__module__}.Issuer.issue": money.issue,
     f"{Draft.__module__}.Draft.finish": money.finish,
     f"{IssuerParameters.__module__}.IssuerParameters.verify": lambda _: None,
+    # there are few, each read many times, and reading one takes a millisecond
+    f"{EpochParameters.__module__}.EpochParameters.decode": staticmethod(
+        cache(EpochParameters.decode)
+    ),
 }
 
 

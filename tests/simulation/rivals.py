@@ -8,31 +8,41 @@ one of them wins. What must hold of a round, whatever the weather and whoever di
   - the follower finds what was published, and every snapshot is as it was made, collections or not;
   - in the end fsck finds nothing, all blobs are accounted for, and the books of all three clients
     together are the server's.
+
+Epochs begin meanwhile, and in half of the seeds end (epochs.py): while one client writes the others
+are away, so that what they hold expires, and what they had asked for is answered no more.
 """
 
 from __future__ import annotations
 
+import errno
 import random
-from collections.abc import Awaitable, Callable
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from hpkvfs import kept
-from hpkvfs.errors import EmptyWallet, SecondWriter, Unreachable, UserError
+from hpkvfs.errors import EmptyWallet, SecondWriter, Unreachable
+from hpkvfs.net.refusals import VoucherSpent
+from hpkvfs.protocol.credential import Credential
 from hpkvfs.session import Options, Session
 from hpkvfs.timeline import SnapshotBackend, Timeline
 from hpkvfs.wallet.wallet import Conservation
+from tests import books
 from tests.fs.model import Model
 from tests.fs.play import START, Step, Tree, play, play_on_model, random_step, tree
 from tests.simulation.client import CACHE_BYTES, Machine
-from tests.simulation.epochs import Ageing
 from tests.simulation.oracle import Story, check_status
 from tests.simulation.world import World
 
-TOKENS = 50_000
+TOKENS, FEW, VOUCHERS = 20_000, 2_000, 48
+AWAY = 0.2
 WRITER = Options(cache_bytes=CACHE_BYTES, publish_interval=1e7)
 READER = replace(WRITER, read_only=True, follow_interval=1e7)
 TRIES, IN_CALM = 12, 6
@@ -43,7 +53,6 @@ class Client:
     """A machine, what is done on it, and how much of that is in what everybody has."""
 
     machine: Machine
-    voucher: str
     options: Options = WRITER
     story: Story = field(default_factory=Story)
     base: int = 0
@@ -75,12 +84,11 @@ class Rivals(World):
 
     def __init__(self, seed: int, directory: Path, *, keep: bool) -> None:
         super().__init__(seed, directory, keep=keep)
-        self.ageing = Ageing()  # epochs do not end under it
         chance = random.Random(f"{seed}/reader")
         reader = self._machine("reader", chance, is_new=False)
-        vouchers = [self.server.voucher(TOKENS) for _ in range(3)]
-        self.writers = [Client(self.machine, vouchers[0]), Client(self.second, vouchers[1])]
-        self.reader = Client(reader, vouchers[2], READER)
+        self.vouchers = [self.server.voucher(TOKENS) for _ in range(VOUCHERS)]
+        self.writers = [Client(self.machine), Client(self.second)]
+        self.reader = Client(reader, READER)
         self.truth: list[Step] = []
         """What was published last."""
         self.snapshots: dict[str, Tree] = {}
@@ -114,22 +122,62 @@ class Rivals(World):
             client.machine.options = client.options
             lived = await client.machine.use(life)
             self.note(client.machine.name, f"{work.__name__} {lived}")
+            await self._nobody_there()
 
-    async def _insist_on(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Until it is done, in calm if need be; SecondWriter."""
+    async def _nobody_there(self) -> None:
+        """Between two lives, unless others are there, epochs may end."""
+        clients = (*self.writers, self.reader)
+        if self.faults.armed and not any(one.machine.alive for one in clients):
+            if self._ageing_chance.random() < AWAY:
+                self.ageing.between_lives(self._ageing_chance, self._turn)
+            while self.server.alive and self.server.listed < self.server.epochs:
+                await trio.sleep(0.01)
+
+    async def _insist_on(self, session: Session, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Until it is done, in calm if need be, and with tokens bought for it; SecondWriter."""
         for attempt in range(TRIES):
             try:
                 if attempt < IN_CALM:
                     return await call()
-                async with self.calm():
+                async with self._calm_for(session):
                     return await call()
-            except Unreachable as error:
+            except (Unreachable, EmptyWallet) as error:
                 self.note("failed", error)
+                if isinstance(error, EmptyWallet):
+                    await self._buy(session)
+            except VoucherSpent as error:
+                self.note("failed", error)
+                assert self.ageing.ends, "a voucher is spent and its tokens are not there"
         raise AssertionError("the server cannot be reached in calm")
 
-    async def _seen(self, session: Any) -> Tree:
+    async def _buy(self, session: Session) -> None:
+        """Tokens; those of which no answer came are settled by whoever connects next."""
+        try:
+            await session.redeem(self.vouchers.pop())
+        except (Unreachable, EmptyWallet) as error:
+            self.note("failed", error)
+
+    @asynccontextmanager
+    async def _calm_for(self, session: Session) -> AsyncIterator[None]:
+        """As `calm`, with tokens enough in epochs that last as long as it does."""
         async with self.calm():
-            return await tree(session)
+            for _ in range(TRIES):
+                try:
+                    await session.store.refresh()
+                    break
+                except Unreachable:
+                    await trio.sleep(1)
+            if session.store.balance.held < FEW:
+                await self._buy(session)
+            yield
+
+    async def _seen(self, session: Session) -> Tree:
+        """What is there now; df agrees with it."""
+        async with self._calm_for(session):
+            found = await tree(session)
+        totals = session.fs.totals()
+        assert (totals.files, totals.bytes) == _totals(found), "df tells other totals"
+        return found
 
     async def _wake(self, client: Client, session: Session) -> None:
         """What was done before is there."""
@@ -139,14 +187,11 @@ class Rivals(World):
 
     async def _arrive(self, client: Client, session: Session) -> None:
         """Buy tokens, and take over what there is, or begin."""
-        try:
-            await self._insist_on(lambda: session.redeem(client.voucher))
-        except UserError:
-            self.note("redeemed before")
+        await self._buy(session)
         if client is not self.writers[0]:
             if session.volume.known is None:
-                await self._insist_on(session.recover)
-            await self._insist_on(session.connect)
+                await self._insist_on(session, session.recover)
+            await self._insist_on(session, session.connect)
             assert await self._seen(session) == told(self.truth).trees[-1], "another vault arrived"
             client.agree(self.truth)
             return
@@ -154,9 +199,9 @@ class Rivals(World):
             client.story.begin()
         else:
             await self._wake(client, session)
-        for step in START[client.story.now :]:
-            await self._step(client, session, step)
-        await self._insist_on(session.publish)
+        while client.story.now < len(START):
+            await self._step(client, session, START[client.story.now])
+        await self._insist_on(session, session.publish)
         self.truth = list(client.story.steps)
         client.agree(self.truth)
 
@@ -165,7 +210,11 @@ class Rivals(World):
         try:
             found = await play(session, step)
         except (Unreachable, EmptyWallet):
+            found = errno.ENOSPC
+        if found == errno.ENOSPC:
             client.story.begun = None
+            if session.store.balance.held < FEW:
+                await self._buy(session)
             return
         self.note("fs", step)
         client.story.expect(step, found)
@@ -200,7 +249,7 @@ class Rivals(World):
         """Some changes, some of them synced; none is published."""
         await self._wake(client, session)
         if client.story.now == client.base:
-            await self._insist_on(session.connect)
+            await self._insist_on(session, session.connect)
             client.agree(self.truth)
             assert await self._seen(session) == client.story.trees[-1], "it follows something else"
         wanted, tries = self._chance.randint(1, 5), 0
@@ -232,7 +281,7 @@ class Rivals(World):
 
     async def _publish_or_lose(self, client: Client, session: Session) -> None:
         await self._wake(client, session)
-        await self._insist_on(lambda: self._publish_once(client, session, suppress=False))
+        await self._insist_on(session, lambda: self._publish_once(client, session, suppress=False))
 
     async def _publish_once(
         self, client: Client, session: Session, *, suppress: bool = True
@@ -244,7 +293,7 @@ class Rivals(World):
             client.outcome = "lost"
             assert "--takeover" in error.hint, "who lost is not told what to do"
             assert "--takeover" in str(session.trouble), "status does not say what to do"
-        except Unreachable:
+        except (Unreachable, EmptyWallet, VoucherSpent):
             if not suppress:
                 raise
         self.note(client.machine.name, client.outcome or "undecided")
@@ -281,7 +330,7 @@ class Rivals(World):
         client.agree(self.truth)
 
     async def _go_on(self, client: Client, session: Session) -> None:
-        await self._insist_on(session.connect)
+        await self._insist_on(session, session.connect)
         found, merged = (
             await self._seen(session),
             together(self.truth, client.story.steps[client.base :]),
@@ -305,18 +354,18 @@ class Rivals(World):
 
     async def _publish_mine(self, client: Client, session: Session) -> None:
         await self._wake(client, session)
-        await self._insist_on(session.publish)
+        await self._insist_on(session, session.publish)
 
     async def _agree(self, client: Client, session: Session) -> None:
         """The winner goes on from what the other published after it."""
-        await self._insist_on(session.connect)
+        await self._insist_on(session, session.connect)
         assert await self._seen(session) == told(self.truth).trees[-1], "it did not follow"
         client.agree(self.truth)
         client.machine.power = False
 
     async def _follow(self, client: Client, session: Session) -> None:
-        await self._insist_on(session.connect)
-        async with self.calm():
+        await self._insist_on(session, session.connect)
+        async with self._calm_for(session):
             await session.follow(thorough=self._chance.random() < 0.5)
             await session.follow(thorough=True)
         assert await self._seen(session) == told(self.truth).trees[-1], "the follower is behind"
@@ -337,9 +386,9 @@ class Rivals(World):
 
     async def _snapshot(self, client: Client, session: Session) -> None:
         await self._wake(client, session)
-        await self._insist_on(session.connect)
+        await self._insist_on(session, session.connect)
         timeline = Timeline(session)
-        async with self.calm():
+        async with self._calm_for(session):
             if self._name not in {one.name for one in await timeline.snapshots()}:
                 await timeline.create(self._name)
             self.snapshots[self._name] = client.story.trees[-1]
@@ -351,7 +400,7 @@ class Rivals(World):
 
     async def _write_and_collect(self, client: Client, session: Session) -> None:
         await self._wake(client, session)
-        await self._insist_on(session.connect)
+        await self._insist_on(session, session.connect)
         spread = self._chance.choice([0.0, 5.0, 600.0])
 
         async def collect() -> None:
@@ -364,14 +413,14 @@ class Rivals(World):
                 if self._chance.random() < 0.5:
                     await self._tolerate(session.publish())
                 await trio.sleep(self._chance.choice([0.0, 1.0, 60.0]))
-        await self._insist_on(session.publish)
-        await self._insist_on(session.gc)
+        await self._insist_on(session, session.publish)
+        await self._insist_on(session, session.gc)
         self.truth = list(client.story.steps)
         client.agree(self.truth)
 
     async def _check_snapshots(self, client: Client, session: Session) -> None:
         await self._wake(client, session)
-        async with self.calm():
+        async with self._calm_for(session):
             await session.connect()
             there = {one.name: one for one in await Timeline(session).snapshots()}
             assert there.keys() == self.snapshots.keys(), "other snapshots than were made"
@@ -383,32 +432,29 @@ class Rivals(World):
 
     async def _end(self) -> None:
         """Calm comes; each settles what it has, and every account must balance."""
-        self.sums: dict[str, Any] = {}
+        self.sums: dict[str, Conservation] = {}
+        self.held_by: dict[str, list[Credential]] = {}
         async with self.calm():
             await trio.sleep(400)
             await self._live(self.reader, self._settle)
             for client in reversed(self.writers):
                 await self._live(client, self._settle)
-        self._check_sums(list(self.sums.values()))
+        self._check_sums()
 
-    def _check_sums(self, sums: list[Conservation]) -> None:
+    def _check_sums(self) -> None:
         """The books of all clients together are the server's."""
         totals = self.server.totals()
-        assert all(one.holds and not one.balance.pending for one in sums), "tokens are pending"
-        mine = {
-            "issued": sum(one.book.bought for one in sums),
-            "charged": sum(one.book.spent for one in sums),
-            "refunded": sum(one.book.refunded for one in sums),
-            "outstanding": sum(one.balance.total for one in sums),
-        }
-        for name, value in mine.items():
-            theirs = getattr(totals, name)
-            assert theirs == value, f"{name}: the server counts {theirs}, the clients {value}"
-        assert len(self.watcher.spent) <= totals.serials, "a serial was not recorded"
+        books.compare(totals, list(self.sums.values()))
+        held = [one for all_of_it in self.held_by.values() for one in all_of_it]
+        spent = self.server.serials()
+        self.watcher.check_nothing_forgotten(held, spent, set(self.server.in_use))
+        if self.server.oldest == 1:
+            assert len(self.watcher.spent) <= totals.serials, "a serial was not recorded"
 
     async def _settle(self, client: Client, session: Session) -> None:
-        await session.connect()
-        await session.store.resolve_pending()
+        async with self._calm_for(session):
+            await self._insist_on(session, session.connect)
+            await session.store.resolve_pending()
         if client is not self.reader:
             await session.publish()
             await session.gc()
@@ -419,4 +465,20 @@ class Rivals(World):
             self._check_blobs(report.stored)
             check_status(session, len(report.stored))
         await trio.sleep(60)
+        while session.store.balance.pending:  # tokens on their way into the newest epoch
+            await trio.sleep(1)
+        wallet = session.store._teller.wallet
+        held = [one.credential for one in (*wallet.held(), *wallet.reserve)]
+        self.held_by[client.machine.name] = held
         self.sums[client.machine.name] = session.store.conservation
+
+
+def _totals(found: Tree) -> tuple[int, int]:
+    """Inodes, and the sum of their sizes; of each, every name has its share."""
+    files, size = Fraction(), Fraction()
+    for mode, links, data, target, _ in found.values():
+        share = Fraction(1) if stat.S_ISDIR(mode) else Fraction(1, links)
+        files += share
+        size += share * (len(data) + len(target))
+    assert files.denominator == size.denominator == 1
+    return int(files), int(size)
