@@ -467,7 +467,7 @@ class Rivals(World):
         await trio.sleep(60)
         while session.store.balance.pending:  # tokens on their way into the newest epoch
             await trio.sleep(1)
-        wallet = session.store._teller.wallet
+        wallet = session.store._wallet
         held = [one.credential for one in (*wallet.held(), *wallet.reserve)]
         self.held_by[client.machine.name] = held
         self.sums[client.machine.name] = session.store.conservation
