@@ -67,7 +67,9 @@ class _Attempt:
     removed: frozenset[BlobRef]
     snapshots: Plan | None
     step: Step | None = None
+    tried: set[BlobRef] = field(default_factory=set)
     stored: set[BlobRef] = field(default_factory=set)
+    collided: bool = False
     done: Known | None = None
 
     def advance(self) -> None:
@@ -221,7 +223,11 @@ class Publisher:
             await trio.lowlevel.checkpoint()
 
     async def _store(self, attempt: _Attempt, step: Insert, progress: Progress) -> None:
-        """Store all of a step, in parallel; after a failure nothing more is started."""
+        """Store all of a step, in parallel; after a failure nothing more is started.
+
+        KeyExists when another's blob is in the way; of all that was tried it is known by then
+        whether it was stored, since nobody asks any more once the attempt is given up.
+        """
         todo = [sealed for sealed in step.blobs if sealed.ref not in attempt.stored]
         total, unstored = len(step.blobs), len(attempt.stored) + len(todo)
         if any(sealed.ref.id & ANCHOR_BIT for sealed in todo):
@@ -231,11 +237,20 @@ class Publisher:
             await self._refuse_if_behind()
 
         async def store(sealed: Sealed) -> None:
-            await self._store_one(sealed)
+            if attempt.collided and sealed.ref not in attempt.tried:
+                return
+            attempt.tried.add(sealed.ref)
+            try:
+                await self._store_one(sealed)
+            except KeyExists:
+                attempt.collided = True
+                return
             attempt.stored.add(sealed.ref)
             progress(total - unstored + len(attempt.stored), total)
 
         await self._scatter.each(todo, store, INSERTS_AT_ONCE)
+        if attempt.collided:
+            raise KeyExists("another client's blob is in the way")
 
     async def _refuse_if_behind(self) -> None:
         """SecondWriter when another client went on so far that the next anchor's key is free again.
