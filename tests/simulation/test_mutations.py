@@ -13,7 +13,7 @@ from tests.simulation.world import run
 
 BOUND = 200
 
-FOUND_LAST = (0, 2, 1, 7, 17, 3, 21, 10, 23, 47, 84, 136)
+FOUND_LAST = (0, 2, 1, 7, 17, 3, 21, 10, 23, 47, 84, 124, 136)
 """Seeds that found one when all were tried last; first, to spare the time of those between."""
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
