@@ -180,7 +180,7 @@ class Supervisor:
                 return
             new = await self._start(pause)
             await _either(new.ready, new.ended)
-            if new.ready.is_set():
+            if new.ready.is_set() or new.retired:
                 return
             log.tell(f"the new worker could not start; trying again in {pause:g} s")
 
