@@ -65,7 +65,7 @@ class Client:
 
 async def rich(world: World, amount: int = 1_000, name: str = "wallet") -> Client:
     client = Client(world, name)
-    await client.store.redeem(world.voucher(amount))
+    await client.store.redeem(await world.sold(amount))
     await client.store.prime()
     return client
 
@@ -98,14 +98,14 @@ async def test_the_user_is_warned_in_every_state_but_safe(world: World) -> None:
     await client.glass.renew(None)
     assert client.glass.report()["state"] == "safe"
     assert warning(client.glass.report()) is None
-    await client.store.redeem(world.voucher(9_000))
+    await client.store.redeem(await world.sold(9_000))
     _warned(client, "safe", "of 9,990 tokens the words alone would bring back 750:")
     await client.glass.renew(None)
     assert warning(client.glass.report()) is None
     await world.rotate()
     await client.store.refresh()
     _warned(client, "ageing", "and none once their epoch has ended")
-    voucher = world.voucher(100)
+    voucher = await world.sold(100)
     for _ in range(4):
         await world.rotate()
     await client.store.redeem(voucher)

@@ -126,7 +126,7 @@ async def test_what_no_epoch_can_pay_alone_all_can(world: World) -> None:
     await world.rotate()
     store = await restarted(world)
     await store.parameters()
-    await store.redeem(world.voucher(6))
+    await store.redeem(await world.sold(6))
     assert (worth(store, 1), worth(store, 2)) == (6, 6)
     signer, blob = new_blob()
     await store.insert(signer.public, blob, b"")
@@ -221,7 +221,7 @@ async def test_tokens_of_an_ended_epoch_are_lost_clearly(world: World) -> None:
         await store.look_up(new_blob()[0].public)
     assert store.expired == 700 and store.balance.total == 0
     assert store.conservation.holds
-    await store.redeem(world.voucher(50))
+    await store.redeem(await world.sold(50))
     await store.look_up(new_blob()[0].public)
     world.assert_conserved(store)
     store = await restarted(world)
@@ -234,7 +234,7 @@ async def test_an_epoch_that_ends_under_a_running_client(world: World) -> None:
     await world.rotate()
     store = await restarted(world)
     await store.parameters()
-    await store.redeem(world.voucher(40))
+    await store.redeem(await world.sold(40))
     await world.rotate(keep=2)
     await store.look_up(new_blob()[0].public)
     assert store.expired == 100 and store.balance.total == 39

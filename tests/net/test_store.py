@@ -125,7 +125,7 @@ async def test_the_last_token_can_be_spent(world: World) -> None:
 async def test_small_credentials_are_merged(world: World) -> None:
     store = world.client()
     for _ in range(5):
-        await store.redeem(world.voucher(3))
+        await store.redeem(await world.sold(3))
     signer, blob = new_blob()
     await store.insert(signer.public, blob, b"")
     assert Operation.REISSUE in operations(world)
@@ -159,7 +159,7 @@ async def test_without_tokens(world: World) -> None:
 
 
 async def test_a_voucher_is_redeemed_once(world: World) -> None:
-    text = world.voucher(500)
+    text = await world.sold(500)
     store = world.client()
     assert await store.redeem(text) == 500
     with pytest.raises(UserError):
@@ -402,7 +402,7 @@ async def test_a_crash_while_resolving(world: World, fault: Fault) -> None:
 
 @pytest.mark.parametrize("fault", CUTS)
 async def test_a_crash_while_redeeming(world: World, fault: Fault) -> None:
-    text = world.voucher(700)
+    text = await world.sold(700)
     store = world.client()
     await store.parameters()
     await cut_off(world, fault, store.redeem, text)
@@ -524,7 +524,7 @@ async def test_a_false_refusal_loses_nothing(world: World) -> None:
 async def test_a_voucher_at_a_full_server_is_not_lost(world: World) -> None:
     """It refuses, and performs a copy of the request that comes when there is room again."""
     store = world.client()
-    text = world.voucher(500)
+    text = await world.sold(500)
     await store.parameters()
     answer, refused = world.wire.answer, list[bytes]()
 

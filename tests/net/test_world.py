@@ -105,7 +105,7 @@ class Life:
                 await self.call(call)
                 self.restart()
             case Redeem(amount):
-                await self.tolerate(self.store.redeem, self.world.voucher(amount))
+                await self.tolerate(self.store.redeem, await self.world.sold(amount))
             case Recover():
                 await self.tolerate(self.store.recover)
         assert self.store.conservation.holds

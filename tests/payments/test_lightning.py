@@ -106,7 +106,7 @@ async def test_an_invoice_that_is_paid_sells_one_voucher(node: Node, tmp_path: P
         bill = await till.bill()
         assert (bill.tokens, bill.sats) == (2_505, SATS)
         assert bolt11.millisats(bill.invoice.decode()) == 1_000 * SATS
-        assert 800 < bill.seconds <= 900
+        assert 800 < bill.seconds <= 901  # the node's clock may be a second further
         assert (await till.bill()).invoice == bill.invoice
         node.only.pay()
         for _ in range(2):
