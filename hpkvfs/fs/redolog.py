@@ -77,7 +77,6 @@ class RedoLog:
         self._key = key
         self._rng = rng
         self._fd: int | None = None
-        self._cipher: ChaCha20Poly1305 | None = None
         self._retired: dict[int, int] = {}
         self._ciphers: dict[int, ChaCha20Poly1305] = {}
         self._again: tuple[Record | None, list[Effect]] = None, []
@@ -115,10 +114,8 @@ class RedoLog:
 
     def _load(self, record: Record) -> list[Effect]:
         number = record.number
-        fd = self._retired.get(number, self._fd)
         try:
-            assert fd is not None
-            sealed = os.pread(fd, record.size, record.at)
+            sealed = os.pread(self._fd_of(number), record.size, record.at)
             body = self._ciphers[number].decrypt(_nonce(record.index), sealed, None)
         except (OSError, InvalidTag) as error:
             raise VaultError(
@@ -126,6 +123,11 @@ class RedoLog:
                 "see to the disk; what was published is safe",
             ) from error
         return _effects(body)
+
+    def _fd_of(self, number: int) -> int:
+        fd = self._retired.get(number, self._fd)
+        assert fd is not None
+        return fd
 
     def append(self, effects: Iterable[Effect]) -> Record:
         """Add one operation; OSError (ENOSPC, EIO, ...) and nothing added when it can't."""
@@ -138,9 +140,9 @@ class RedoLog:
     def _append(self, effects: Iterable[Effect]) -> Record:
         if self._fd is None:
             self._open()
-        assert self._cipher is not None and self._fd is not None
+        assert self._fd is not None
         body = msgpack.packb([(_CODE[type(e)], *e) for e in effects], use_bin_type=True)
-        sealed = self._cipher.encrypt(_nonce(self._records), body, None)
+        sealed = self._ciphers[self.number].encrypt(_nonce(self._records), body, None)
         size = _LENGTH.size + len(sealed)
         try:
             parts = [_LENGTH.pack(len(sealed)), sealed]
@@ -186,7 +188,7 @@ class RedoLog:
         if self._fd is not None:
             self._retired[self.number] = self._fd
             self._sizes[self.number] = self._size
-        self._fd = self._cipher = None
+        self._fd = None
         self._size = 0
         return self.number
 
@@ -225,8 +227,7 @@ class RedoLog:
             os.close(fd)
             path.unlink(missing_ok=True)
             raise
-        self._fd, self._cipher = fd, self._cipher_of(header)
-        self._ciphers[self.number] = self._cipher
+        self._fd, self._ciphers[self.number] = fd, self._cipher_of(header)
         self._records, self._size, self._zeroed = 0, len(header), len(header)
 
     def _cipher_of(self, header: bytes) -> ChaCha20Poly1305:
@@ -239,12 +240,9 @@ class RedoLog:
             self._sizes[number] = os.fstat(fd).st_size
 
     def _read(self, number: int, covered: int) -> Iterator[tuple[Record, list[Effect]]]:
-        fd = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if self._follows(number, os.pread(fd, _HEADER.size + _LENGTH.size, 0), covered):
-                yield from self._records_of(number, fd)
-        finally:
-            os.close(fd)
+        fd = self._fd_of(number)
+        if self._follows(number, os.pread(fd, _HEADER.size + _LENGTH.size, 0), covered):
+            yield from self._records_of(number, fd)
 
     def _records_of(self, number: int, fd: int) -> Iterator[tuple[Record, list[Effect]]]:
         cipher = self._ciphers[number] = self._cipher_of(os.pread(fd, _HEADER.size, 0))
