@@ -77,10 +77,15 @@ class Prover(Protocol):
 
 
 class Here:
-    """A Prover that does it at once, on this thread."""
+    """A Prover that does it on this thread, a request's at a time.
+
+    In between, what is ready goes out: were all proofs made that can be, their requests would
+    leave, be answered and come back together, and client and server take turns at waiting.
+    """
 
     def __init__(self, rng: Callable[[int], bytes]) -> None:
         self._rng = rng
+        self._turn = trio.Lock()
 
     async def prepare(
         self,
@@ -91,7 +96,8 @@ class Here:
         into: IssuerParameters | None = None,
     ) -> Draft:
         """See Prover.prepare."""
-        return self.prepared(issuer, statement, presented, amounts, into)
+        async with self._turn:
+            return self.prepared(issuer, statement, presented, amounts, into)
 
     def prepared(
         self,
@@ -101,7 +107,7 @@ class Here:
         amounts: tuple[int, int],
         into: IssuerParameters | None = None,
     ) -> Draft:
-        """The same for callers that let nobody in between."""
+        """The same at once, for callers that let nobody in between."""
         return prepare(issuer, statement, presented, amounts, self._rng, into)
 
     async def finish(

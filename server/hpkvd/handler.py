@@ -39,6 +39,7 @@ from hpkvd.ledger import (
 from hpkvd.log import Complaints
 from hpkvd.metrics import Meter
 from hpkvd.payments.cashier import Cashier
+from hpkvd.turns import Turns
 from hpkvfs.protocol.credential import CredentialRequest, parse
 from hpkvfs.protocol.errors import BadProof, Malformed
 from hpkvfs.protocol.group import verify_signature
@@ -100,6 +101,7 @@ class Handler:
         self._queue = queue
         self._cashier = cashier or Cashier(ledger, {}, clock)
         self._working = 0
+        self._turns = Turns()
         self._complaints = Complaints()
 
     def use(self, epochs: Epochs) -> None:
@@ -177,10 +179,11 @@ class Handler:
         if reason is not None:
             return Refused(reason)
         statement = request.statement(epoch.tariff)
-        start = time.perf_counter()
-        epoch.issuer.verify(statement, credentials, None if into is epoch else into.issuer)
-        issued = into.issuer.issue(statement, credentials)
-        self._meter.worked("proofs", time.perf_counter() - start)
+        async with self._turns:
+            start = time.perf_counter()
+            epoch.issuer.verify(statement, credentials, None if into is epoch else into.issuer)
+            issued = into.issuer.issue(statement, credentials)
+            self._meter.worked("proofs", time.perf_counter() - start)
         transaction = Transaction(
             fingerprint=fingerprint,
             epoch=epoch.number,

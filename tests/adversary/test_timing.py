@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from hpkvfs import parallel
 from hpkvfs.fs import publisher
@@ -35,6 +35,7 @@ from tests.fs.play import play
 
 BLOCKS = 64
 SPREAD, STEP = 600.0, 10.0
+LULL = 0.02
 FOR_EVER = 1e9
 """Patience, where a clock of ours jumps while threads wait for a disk."""
 
@@ -48,6 +49,8 @@ class Diary:
     contents: set[int] = field(default_factory=set)
     at_once: int = 0
     most_at_once: int = 0
+    holds: bool = False
+    """Whether it answers when no more requests come."""
 
     def watch(self, vault: Vault) -> None:
         honest = vault.world.wire.answer
@@ -57,6 +60,8 @@ class Diary:
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
             try:
+                if self.holds:
+                    await wait_all_tasks_blocked(LULL)
                 reply = await honest(frame)
             finally:
                 self.at_once -= 1
@@ -112,6 +117,16 @@ async def live(vault: Vault) -> range:
     return ids
 
 
+async def publish_held(vault: Vault, diary: Diary) -> None:
+    """A client publishes at a server that lets it wait for as long as it has more to ask."""
+    async with vault.session() as opened:
+        await opened.connect()
+        await write(opened)
+        diary.holds = True
+        await opened.publish()
+        diary.holds = False
+
+
 async def test_order_sizes_and_number_of_requests_tell_nothing(
     watched: tuple[Vault, Diary],
 ) -> None:
@@ -124,7 +139,8 @@ async def test_order_sizes_and_number_of_requests_tell_nothing(
     assert diary.sizes == {(REQUEST_SIZE, REPLY_SIZE)}
     assert len({type(request) for _, request in diary.arrivals}) >= 5
     assert len(diary.contents) >= 5  # the negative control: what is in them is not of one size
-    assert 1 < diary.most_at_once <= MAX_IN_FLIGHT == 16
+    await publish_held(made, diary)
+    assert diary.most_at_once == MAX_IN_FLIGHT == 16
 
 
 async def test_who_does_not_shuffle_nor_bound_is_seen(
@@ -140,10 +156,7 @@ async def test_who_does_not_shuffle_nor_bound_is_seen(
     monkeypatch.setattr(publisher, "INSERTS_AT_ONCE", BLOCKS)
     defaults = RemoteStore.__init__.__kwdefaults__ | {"max_in_flight": BLOCKS}
     monkeypatch.setattr(RemoteStore.__init__, "__kwdefaults__", defaults)
-    async with made.session() as opened:
-        await opened.connect()
-        await write(opened)
-        await opened.publish()
+    await publish_held(made, diary)
     assert diary.most_at_once > MAX_IN_FLIGHT
 
 

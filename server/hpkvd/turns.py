@@ -1,0 +1,45 @@
+"""Turns at what keeps the processor busy, so that the loop gets to other things in between.
+
+Proofs take over a millisecond each and nobody else runs meanwhile. If all that came together were
+verified in one go, they would also be committed and answered together, their clients would come
+back together, and of two sides one would always wait for the other. One at a time, a request is on
+its way to the disk while the next one's proof is verified, and so on along the whole way.
+
+But each look at the network, and each commit, costs something. So the more are waiting, the more
+are let through between two looks: a server with too much to do has no time for them.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Final
+
+import trio
+
+LOOKS: Final = 16
+"""Into so many parts those who wait are divided."""
+
+
+class Turns:
+    """`async with turns:` around work that does not wait for anything. First come, first served."""
+
+    def __init__(self) -> None:
+        self._working = 0
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def __aenter__(self) -> None:
+        if self._working:
+            await self._waiting.park()  # counted by who wakes it
+        else:
+            self._working = 1
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._working -= 1
+        if not self._working:
+            self._working = len(self._waiting.unpark(count=-(-len(self._waiting) // LOOKS)))
