@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from hpkvd import handler
@@ -28,6 +30,17 @@ def check_status(session: Session, stored: int) -> None:
     assert told["blobs_exact"], "what it takes is on this machine"
     counted = sum(told[f"blobs_{which}"] for which in ("live", "dead", "held"))
     assert counted == stored, (counted, stored)
+
+
+def totals_of(found: Tree) -> tuple[int, int]:
+    """Inodes, and the sum of their sizes; of each, every name has its share."""
+    files, size = Fraction(), Fraction()
+    for mode, links, data, target, _ in found.values():
+        share = Fraction(1) if stat.S_ISDIR(mode) else Fraction(1, links)
+        files += share
+        size += share * (len(data) + len(target))
+    assert files.denominator == size.denominator == 1
+    return int(files), int(size)
 
 
 @dataclass

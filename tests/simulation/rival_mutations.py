@@ -16,9 +16,11 @@ import hpkvfs.kept
 import hpkvfs.session.footing
 import hpkvfs.volume.commit
 from hpkvfs.errors import SecondWriter
+from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.publisher import Publisher
 from hpkvfs.session import Session
 from hpkvfs.types import BlobId, Generation
+from hpkvfs.volume.snapshots import Plan
 from tests.simulation.mutations import Replacement
 
 RIVAL_MUTATIONS: Final[dict[str, Callable[[], list[Replacement]]]] = {}
@@ -93,6 +95,16 @@ def _takeover_puts_on_top_what_does_not_fit() -> list[Replacement]:
 
 
 @_mutation
+def _takeover_keeps_the_totals_of_before() -> list[Replacement]:
+    """Numbers of inodes are the other's, sums of files and bytes those that were there."""
+
+    def rest_on(self: Filesystem, next_ino: int, size: int, files: int) -> None:
+        self.next_ino = max(self.next_ino, next_ino)
+
+    return [(Filesystem, "rest_on", rest_on)]
+
+
+@_mutation
 def _gc_takes_what_a_snapshot_holds() -> list[Replacement]:
     """What dies is on the dead list, snapshot or not."""
     bury = hpkvfs.volume.commit._bury
@@ -101,6 +113,21 @@ def _gc_takes_what_a_snapshot_holds() -> list[Replacement]:
         return bury(base, replace(anchor, horizon=BlobId(0)), freed, maker)
 
     return [(hpkvfs.volume.commit, "_bury", ruthless)]
+
+
+@_mutation
+def _deleted_snapshot_takes_what_an_older_one_holds() -> list[Replacement]:
+    """All that a deleted snapshot held is freed, whoever else holds it."""
+    plan = hpkvfs.fs.publisher.plan
+
+    def greedy(*arguments: Any) -> Plan:
+        made = plan(*arguments)
+        for stay in made.stay:
+            made.freed += stay.more
+            stay.more.clear()
+        return made
+
+    return [(hpkvfs.fs.publisher, "plan", greedy)]
 
 
 @_mutation

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import errno
 import random
-import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +36,11 @@ from tests import books
 from tests.fs.model import Model
 from tests.fs.play import START, Step, Tree, play, play_on_model, random_step, tree
 from tests.simulation.client import CACHE_BYTES, Machine
-from tests.simulation.oracle import Story, check_status
+from tests.simulation.oracle import Story, check_status, totals_of
 from tests.simulation.world import World
 
 TOKENS, FEW, VOUCHERS = 20_000, 2_000, 48
-AWAY = 0.2
+AWAY, TWIN, LET_GO = 0.2, 0.5, 0.7
 WRITER = Options(cache_bytes=CACHE_BYTES, publish_interval=1e7)
 READER = replace(WRITER, read_only=True, follow_interval=1e7)
 TRIES, IN_CALM = 12, 6
@@ -92,6 +90,7 @@ class Rivals(World):
         self.truth: list[Step] = []
         """What was published last."""
         self.snapshots: dict[str, Tree] = {}
+        self._chance_of_snapshots = random.Random(f"{seed}/snapshots")
 
     async def _first_machine(self) -> None:
         self.reader.machine.dialer = self.network.dialer(self.reader.machine)
@@ -176,7 +175,7 @@ class Rivals(World):
         async with self._calm_for(session):
             found = await tree(session)
         totals = session.fs.totals()
-        assert (totals.files, totals.bytes) == _totals(found), "df tells other totals"
+        assert (totals.files, totals.bytes) == totals_of(found), "df tells other totals"
         return found
 
     async def _wake(self, client: Client, session: Session) -> None:
@@ -376,22 +375,34 @@ class Rivals(World):
     async def _look_back(self, number: int) -> None:
         """One of them makes and deletes snapshots, goes on writing, and collects meanwhile."""
         client = self._chance.choice(self.writers)
-        self._name = f"s{number}"
+        self._names = [f"s{number}"]
+        if self._chance_of_snapshots.random() < TWIN:
+            self._names.append(f"t{number}")
         for work in (self._snapshot, self._write_and_collect, self._check_snapshots):
-            await self._live(client, work)
-            client.machine.forget_cache()
+            await self._live_uncached(client, work)
+        if len(self.snapshots) > 1 and self._chance_of_snapshots.random() < LET_GO:
+            await self._live_uncached(client, self._let_go)
+            await self._live_uncached(client, self._check_snapshots)
         if self._chance.random() < 0.6:
             await self._live(self.reader, self._follow)
         await self._live(next(one for one in self.writers if one is not client), self._agree)
+
+    async def _live_uncached(
+        self, client: Client, work: Callable[[Client, Session], Awaitable[Any]]
+    ) -> None:
+        await self._live(client, work)
+        client.machine.forget_cache()
 
     async def _snapshot(self, client: Client, session: Session) -> None:
         await self._wake(client, session)
         await self._insist_on(session, session.connect)
         timeline = Timeline(session)
         async with self._calm_for(session):
-            if self._name not in {one.name for one in await timeline.snapshots()}:
-                await timeline.create(self._name)
-            self.snapshots[self._name] = client.story.trees[-1]
+            there = {one.name for one in await timeline.snapshots()}
+            for name in self._names:
+                if name not in there:
+                    await timeline.create(name)
+                self.snapshots[name] = client.story.trees[-1]
             gone = [one for one in self.snapshots if self._chance.random() < 0.25]
             if gone:
                 await timeline.delete(gone)
@@ -417,6 +428,16 @@ class Rivals(World):
         await self._insist_on(session, session.gc)
         self.truth = list(client.story.steps)
         client.agree(self.truth)
+
+    async def _let_go(self, client: Client, session: Session) -> None:
+        """Delete the newest snapshot: what died since and an older one has too must stay."""
+        await self._wake(client, session)
+        await self._insist_on(session, session.connect)
+        newest = list(self.snapshots)[-1]
+        async with self._calm_for(session):
+            await Timeline(session).delete([newest])
+        del self.snapshots[newest]
+        await self._insist_on(session, session.gc)
 
     async def _check_snapshots(self, client: Client, session: Session) -> None:
         await self._wake(client, session)
@@ -471,14 +492,3 @@ class Rivals(World):
         held = [one.credential for one in (*wallet.held(), *wallet.reserve)]
         self.held_by[client.machine.name] = held
         self.sums[client.machine.name] = session.store.conservation
-
-
-def _totals(found: Tree) -> tuple[int, int]:
-    """Inodes, and the sum of their sizes; of each, every name has its share."""
-    files, size = Fraction(), Fraction()
-    for mode, links, data, target, _ in found.values():
-        share = Fraction(1) if stat.S_ISDIR(mode) else Fraction(1, links)
-        files += share
-        size += share * (len(data) + len(target))
-    assert files.denominator == size.denominator == 1
-    return int(files), int(size)
