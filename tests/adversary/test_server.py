@@ -72,6 +72,20 @@ def without_cache(vault: Vault) -> None:
     (vault.directory / "first" / "cache").unlink()
 
 
+def look_ups_of(
+    keys: set[bytes], outcome: Outcome, value: bytes | None
+) -> Callable[[Request, Reply], Reply | None]:
+    """A lie: every look-up of one of the keys ends so."""
+
+    def lie(request: Request, reply: Reply) -> Reply | None:
+        if isinstance(request, LookUpRequest) and request.key in keys:
+            assert isinstance(reply, Done)
+            return replace(reply, fact=replace(reply.fact, outcome=outcome), value=value)
+        return None
+
+    return lie
+
+
 # -- what it says is stored ------------------------------------------------------------------
 
 
@@ -164,15 +178,8 @@ async def test_the_newest_anchor_withheld(cheated: Vault) -> None:
         await session.connect()
         await publish_more(session)
     expected = await tree_of(cheated)
-    hidden = cheated.anchor_key(1)
 
-    def lie(request: Request, reply: Reply) -> Reply | None:
-        if isinstance(request, LookUpRequest) and request.key == hidden:
-            assert isinstance(reply, Done)
-            return replace(reply, fact=replace(reply.fact, outcome=Outcome.ABSENT), value=None)
-        return None
-
-    cheated.lie(lie)
+    cheated.lie(look_ups_of({cheated.anchor_key(1)}, Outcome.ABSENT, None))
     async with cheated.session() as session:
         with pytest.raises(CorruptBlob, match="no longer has generation 1"):
             await session.connect()
@@ -187,13 +194,7 @@ async def test_an_older_anchor_in_its_place(cheated: Vault) -> None:
         await publish_more(session)
     expected = await tree_of(cheated)
 
-    def lie(request: Request, reply: Reply) -> Reply | None:
-        if isinstance(request, LookUpRequest) and request.key == cheated.anchor_key(1):
-            assert isinstance(reply, Done)
-            return replace(reply, value=older)
-        return None
-
-    cheated.lie(lie)
+    cheated.lie(look_ups_of({cheated.anchor_key(1)}, Outcome.FOUND, older))
     async with cheated.session() as session:
         with pytest.raises(CorruptBlob, match="does not open"):
             await session.connect()
@@ -207,15 +208,9 @@ async def test_a_generation_that_existed_and_is_withheld_from_the_words(cheated:
         for _ in range(2):
             await publish_more(session)
     expected = await tree_of(cheated)
+    hidden = {cheated.anchor_key(1), cheated.anchor_key(2)}
 
-    def lie(request: Request, reply: Reply) -> Reply | None:
-        hidden = {cheated.anchor_key(1), cheated.anchor_key(2)}
-        if isinstance(request, LookUpRequest) and request.key in hidden:
-            assert isinstance(reply, Done)
-            return replace(reply, fact=replace(reply.fact, outcome=Outcome.ABSENT), value=None)
-        return None
-
-    cheated.lie(lie)
+    cheated.lie(look_ups_of(hidden, Outcome.ABSENT, None))
     async with cheated.session("second") as session:
         await session.redeem(cheated.world.voucher(500))
         with pytest.raises(CorruptBlob):
@@ -239,13 +234,7 @@ async def shown_an_empty_vault(cheated: Vault) -> Tree:
     key = cheated.anchor_key(1)
     made_up = sealed_by_the_server(key, Kind.ANCHOR, NOTHING.encode())
 
-    def lie(request: Request, reply: Reply) -> Reply | None:
-        if isinstance(request, LookUpRequest) and request.key == key:
-            assert isinstance(reply, Done)
-            return replace(reply, fact=replace(reply.fact, outcome=Outcome.FOUND), value=made_up)
-        return None
-
-    cheated.lie(lie)
+    cheated.lie(look_ups_of({key}, Outcome.FOUND, made_up))
     return await tree_of(cheated)
 
 

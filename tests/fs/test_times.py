@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 from hpkvfs.fs.filesystem import Changes
-from hpkvfs.volume.items import MAX_TIME, MIN_TIME
+from hpkvfs.volume.items import MAX_TIME, MIN_TIME, Inode
 from tests.fs.harness import Client, Machine
 
 HOUR = 3_600 * 10**9
@@ -20,11 +20,25 @@ def read(client: Client, ino: int, after: int) -> bool:
     return client.fs.getattr(ino).atime > before
 
 
+def with_a_file(directory: Path) -> tuple[Client, int]:
+    """A client with one file, and the number of its inode."""
+    client = Machine(directory).boot()
+    return client, client.fs.make(1, b"file", stat.S_IFREG | 0o644, 0, 0).ino
+
+
+async def kept(client: Client, ino: int) -> Inode:
+    """The inode as a later run of this client finds it, when all is published."""
+    await client.publish()
+    client.close()
+    again = client.machine.boot()
+    inode = await again.do(again.fs.getattr, ino)
+    again.close()
+    return inode
+
+
 async def test_relatime(tmp_path: Path) -> None:
-    machine = Machine(tmp_path)
-    client = machine.boot()
+    client, ino = with_a_file(tmp_path)
     fs = client.fs
-    ino = fs.make(1, b"file", stat.S_IFREG | 0o644, 0, 0).ino
     assert read(client, ino, HOUR), "never read since it was made"
     assert not read(client, ino, HOUR), "read since it changed, less than a day ago"
     assert not read(client, ino, 22 * HOUR)
@@ -39,31 +53,19 @@ async def test_relatime(tmp_path: Path) -> None:
 async def test_reading_makes_nothing_to_publish_and_its_time_is_kept_with_the_next_change(
     tmp_path: Path,
 ) -> None:
-    machine = Machine(tmp_path)
-    client = machine.boot()
-    ino = client.fs.make(1, b"file", stat.S_IFREG | 0o644, 0, 0).ino
+    client, ino = with_a_file(tmp_path)
     await client.publish()
     assert read(client, ino, HOUR)
     assert not client.publisher.pending
     atime = client.fs.getattr(ino).atime
     client.fs.setattr(ino, Changes(mode=0o600))
-    await client.publish()
-    client.close()
-    again = machine.boot()
-    assert (await again.do(again.fs.getattr, ino)).atime == atime
-    again.close()
+    assert (await kept(client, ino)).atime == atime
 
 
 async def test_a_time_that_no_inode_can_hold_becomes_the_nearest_that_it_can(
     tmp_path: Path,
 ) -> None:
-    machine = Machine(tmp_path)
-    client = machine.boot()
-    ino = client.fs.make(1, b"file", stat.S_IFREG | 0o644, 0, 0).ino
+    client, ino = with_a_file(tmp_path)
     client.fs.setattr(ino, Changes(atime=-(1 << 70), mtime=1 << 70))
-    await client.publish()
-    client.close()
-    again = machine.boot()
-    inode = await again.do(again.fs.getattr, ino)
+    inode = await kept(client, ino)
     assert (inode.atime, inode.mtime) == (MIN_TIME, MAX_TIME)
-    again.close()

@@ -16,7 +16,6 @@ from tests.mounted.client import Client, tree
 
 MOST = 300_000
 STEPS = 250
-ACTIONS = ["write", "write", "read", "read", "truncate", "map", "append", "reopen", "drop", "sync"]
 
 
 class Pair:
