@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ from hpkvfs.settings import (
 )
 
 if TYPE_CHECKING:
+    from hpkvfs.background import Herald
     from hpkvfs.state import StateDirectory
     from hpkvfs.volume.keys import VaultKeys
 
@@ -394,16 +397,17 @@ def mount_(
     they fit, or else kept aside. A read-only mount, on another machine with the same words,
     hinders nobody; it looks for new generations, for a token each time.
 
-    Snapshots can be read under .snapshots in DIR, which is there and not listed. A state directory
-    has one mount at a time: --snapshot is for a vault that is not mounted.
+    Snapshots can be read under .snapshots in DIR, which is there and not listed. With --snapshot,
+    one is mounted by itself, also beside the mounted vault.
     """
     read_only = read_only or kept is not None
     if takeover and read_only:
         raise click.UsageError("a read-only mount takes nothing over")
     rules = keep.parse(policy) if policy else ()
     settings.password_fd = password_fd
-    if ready_fd is None:
-        _check_free(settings, snapshot)
+    beside = snapshot is not None and _is_mounted(settings)
+    if ready_fd is None and not beside:
+        _check_free(settings)
     if not foreground:
         flags = ["--publish-interval", str(publish_interval), "--durability", durability,
                  "--cache-size", str(cache_size), "--memory", str(memory),
@@ -433,6 +437,9 @@ def mount_(
         kept=kept,
         snapshots_shown=not no_snapshots_dir,
     )
+    if beside:
+        _show_here(settings, directory, str(snapshot), options, allow_other, ready_fd)
+        return
     how = {
         "read_only": read_only or snapshot is not None,
         "allow_other": allow_other,
@@ -443,34 +450,35 @@ def mount_(
     _mount_here(settings, directory, options, how, ready_fd)
 
 
-def _check_free(settings: Settings, snapshot: str | None) -> None:
-    """AlreadyInUse when it is mounted; says where, and where the snapshot that is wanted is."""
+def _is_mounted(settings: Settings) -> bool:
+    """Whether a process has the vault mounted, and not only until programs let go of it."""
     connection = control.reach(settings.socket)
-    if connection is not None:
-        with connection:
-            status = control.ask(connection, "status", {})
-        if status.get("detached"):
-            raise AlreadyInUse(
-                f"the vault in {settings.path} was unmounted from {status['mounted']},"
-                " but programs still have files of it open",
-                "end them, or let go of it: hpkvfs umount --force",
-            )
+    if connection is None:
+        return False
+    with connection:
+        return not control.ask(connection, "status", {}).get("detached")
+
+
+def _check_free(settings: Settings) -> None:
+    """AlreadyInUse when it is mounted; says where."""
+    connection = control.reach(settings.socket)
+    if connection is None:
+        return
+    with connection:
+        status = control.ask(connection, "status", {})
+    if status.get("detached"):
         raise AlreadyInUse(
-            f"the vault in {settings.path} is mounted on {status['mounted']} already",
-            _instead(status.get("snapshots_dir"), snapshot),
+            f"the vault in {settings.path} was unmounted from {status['mounted']},"
+            " but programs still have files of it open",
+            "end them, or let go of it: hpkvfs umount --force",
         )
-
-
-def _instead(shelf: str | None, snapshot: str | None) -> str:
-    """What to do when a vault, or one snapshot of it, can't be mounted a second time."""
-    if shelf is None:
-        return "unmount it first: hpkvfs umount"
-    if snapshot is None:
-        return f"unmount it there first; its snapshots are in {shelf}"
-    if not Path(shelf, snapshot).is_dir():
-        return f"and there is no snapshot {snapshot!r} in {shelf}"
-    there = f"{shelf}/{snapshot}"
-    return f"read the snapshot in {there}; mount --bind {there} DIR shows it elsewhere as well"
+    shelf = status.get("snapshots_dir")
+    raise AlreadyInUse(
+        f"the vault in {settings.path} is mounted on {status['mounted']} already",
+        f"unmount it there first; its snapshots are in {shelf}"
+        if shelf
+        else "unmount it first: hpkvfs umount",
+    )
 
 
 def _mount_in_background(settings: Settings, directory: Path, flags: list[str]) -> None:
@@ -492,10 +500,7 @@ def _mount_here(
     from hpkvfs import background, mount
 
     herald = background.Herald(ready_fd) if ready_fd is not None else None
-    try:
-        _log_to_stderr(settings.verbose)
-        if herald is not None:
-            settings.tell = herald.phase
+    with _heralded(settings, herald):
         vault = settings.open()
         request = mount.Mount(
             directory=directory.absolute(),
@@ -506,6 +511,32 @@ def _mount_here(
         )
         os.chdir("/")
         mount.run(mount.mount, vault, request)
+
+
+def _show_here(
+    settings: Settings, directory: Path, snapshot: str, options: Any, allow_other: bool,
+    ready_fd: int | None,
+) -> None:  # fmt: skip
+    from hpkvfs import background, beside, mount
+
+    herald = background.Herald(ready_fd) if ready_fd is not None else None
+    with _heralded(settings, herald):
+        vault = settings.open()
+        ready = herald.ready if herald else lambda: None
+        where = directory.absolute()
+        showing = beside.Showing(snapshot, where, ready, allow_other, options.caches)
+        os.chdir("/")
+        mount.run(beside.show, vault.state.control, vault.keys, mount.now, showing)
+
+
+@contextmanager
+def _heralded(settings: Settings, herald: Herald | None) -> Iterator[None]:
+    """A mount's messages go to the log, what ends it to the process that started it, if any."""
+    try:
+        _log_to_stderr(settings.verbose)
+        if herald is not None:
+            settings.tell = herald.phase
+        yield
     except HpkvError as error:
         if herald is None:
             raise
@@ -535,6 +566,8 @@ def umount(settings: Settings, directory: Path | None, force: bool) -> None:
     When the server is away, it is unmounted without: what is left stays in the state directory
     and is published after the next mount. Exit code 4 then.
     """
+    if directory is not None and _take_away_snapshot(directory.resolve(), force):
+        return
     connection = control.reach(settings.socket)
     if connection is None:
         raise UserError(
@@ -554,6 +587,17 @@ def umount(settings: Settings, directory: Path | None, force: bool) -> None:
         )
         error.exit_code = 4
         raise error
+
+
+def _take_away_snapshot(directory: Path, force: bool) -> bool:
+    """Unmount a snapshot that is mounted beside its vault, if that is what is there."""
+    from hpkvfs.mountpoint import BESIDE, check_detached, detaching, is_mounted
+
+    if not is_mounted(directory, BESIDE):
+        return False
+    done = subprocess.run(detaching(directory, force=force), check=False, capture_output=True)
+    check_detached(directory, done.returncode, done.stderr)
+    return True
 
 
 def _check_mounted_on(settings: Settings, directory: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeAlias
 
 import trio
 
-from hpkvfs import buying, keep
+from hpkvfs import beside, buying, keep
 from hpkvfs.control import MAX_LINE, Progress, encode, encode_error, short_path
 from hpkvfs.errors import HpkvError, UserError, VaultError
 from hpkvfs.mend import mend
@@ -83,6 +83,8 @@ class Commands:
             "offers": self._offers,
             "purchases": self._purchases,
             "await-purchase": self._await_purchase,
+            "lend-snapshot": self._lend_snapshot,
+            "lend": self._lend,
         }
         self._in_turn: dict[str, Command] = {
             "sync": self._sync,
@@ -189,6 +191,12 @@ class Commands:
         if rows and known:
             rows[-1]["blobs_held"] = known.anchor.held.count
         return {"snapshots": rows}
+
+    async def _lend_snapshot(self, arguments: Arguments, progress: Progress) -> Result:
+        return await beside.lend_snapshot(self._timeline, str(arguments["name"]))
+
+    async def _lend(self, arguments: Arguments, progress: Progress) -> Result:
+        return await beside.lend(self.session.volume, str(arguments["ref"]), str(arguments["kind"]))
 
     async def _create(self, arguments: Arguments, progress: Progress) -> Result:
         return _snapshot(await self._timeline.create(arguments.get("name"), progress))

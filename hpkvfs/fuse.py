@@ -435,10 +435,10 @@ def _absent() -> pyfuse3.EntryAttributes:
     return entry
 
 
-def mount_options(*, read_only: bool, allow_other: bool) -> set[str]:
-    """Options for pyfuse3.init."""
+def mount_options(*, read_only: bool, allow_other: bool, source: str = "hpkvfs") -> set[str]:
+    """Options for pyfuse3.init; `source` is what it is mounted from, as mount(8) shows it."""
     options = set(pyfuse3.default_options)
-    options |= {"fsname=hpkvfs", "subtype=hpkvfs"}
+    options |= {f"fsname={source}", "subtype=hpkvfs"}
     if read_only:
         options.add("ro")
     if allow_other:

@@ -13,7 +13,6 @@ What can't be published stays in the redo log, and is published after the next m
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import secrets
@@ -47,6 +46,7 @@ from hpkvfs.errors import (
 from hpkvfs.fs.backend import Backend
 from hpkvfs.fs.shelf import SNAPSHOTS_NAME
 from hpkvfs.keep import Policy
+from hpkvfs.mountpoint import check_detached, detaching, is_mounted, mount_point, mounting
 from hpkvfs.net.proving import helpers_here
 from hpkvfs.net.transport import Way
 from hpkvfs.session import Options, Session, TakeOver, open_session
@@ -55,7 +55,7 @@ from hpkvfs.timeline import SnapshotBackend, Timeline, is_name_taken
 from hpkvfs.upkeep import look_after
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.wallet import journal
-from hpkvfs.writeback import Writeback, is_mounted
+from hpkvfs.writeback import Writeback
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ async def opened(vault: Vault, options: Options) -> AsyncIterator[Session]:
             vault.way,
             options,
             identity=vault.identity,
-            clock=_now,
+            clock=now,
             rng=secrets.token_bytes,
             uid=os.getuid(),
             gid=os.getgid(),
@@ -124,7 +124,7 @@ async def opened(vault: Vault, options: Options) -> AsyncIterator[Session]:
         yield session
 
 
-def _now() -> int:
+def now() -> int:
     """Nanoseconds since 1970, by the clock that the kernel stamps files with."""
     return time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
 
@@ -398,11 +398,11 @@ async def _serve(
     writeback: Writeback,
 ) -> None:
     """Answer the kernel until unmounted, a signal to stop, or a forced unmount."""
-    is_mounted = False
+    is_up = False
 
     def ready() -> None:
-        nonlocal is_mounted
-        is_mounted = True
+        nonlocal is_up
+        is_up = True
         nursery.start_soon(leave_on_signal)
         nursery.start_soon(leave_when_told)
         request.ready()
@@ -418,16 +418,9 @@ async def _serve(
         fuse.stop()
 
     async with trio.open_nursery() as nursery:
-        try:
+        with mounting(directory, lambda: is_up):
             follows = request.read_only
             await fuse.serve(backend, str(directory), options, ready, writeback, follows=follows)
-        except RuntimeError as error:
-            if is_mounted:
-                raise
-            log.error("%s", error)
-            raise UserError(
-                f"{directory} can't be mounted on", "the log in the state directory says why"
-            ) from None
         nursery.cancel_scope.cancel()
 
 
@@ -486,54 +479,8 @@ async def _detach(directory: Path) -> None:
         )
     try:
         done = await trio.run_process(
-            ["fusermount3", "-u", "--", str(directory)],
-            check=False,
-            capture_stderr=True,
-            stdin=subprocess.DEVNULL,
+            detaching(directory), check=False, capture_stderr=True, stdin=subprocess.DEVNULL
         )
     except FileNotFoundError:
         raise UserError("fusermount3 is missing", "install fuse3") from None
-    if done.returncode == 0:
-        return
-    said = done.stderr.decode(errors="replace").strip()
-    log.warning("fusermount3: %s", said)
-    if "busy" in said:
-        raise UserError(
-            f"{directory} is in use",
-            f"end what uses it (fuser -vm {directory}), or leave with --force",
-        )
-    raise UserError(f"{directory} can't be unmounted", said)
-
-
-def mount_point(directory: Path) -> Path:
-    """The directory to mount on, made ready for it; UserError when it can't be."""
-    path = directory.absolute()
-    try:
-        entries = os.listdir(path)
-    except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            return _without_dead_mount(path)
-        raise UserError(f"can't mount on {path}: {error.strerror}", _MAKE_IT) from None
-    path = path.resolve()
-    if path.is_mount():
-        raise UserError(f"something is mounted on {path} already", "unmount it, or name another")
-    if entries:
-        raise UserError(f"{path} is not empty", "mount on an empty directory")
-    return path
-
-
-_MAKE_IT: Final = "make an empty directory to mount on"
-
-
-def _without_dead_mount(path: Path) -> Path:
-    """Take away a mount whose process was killed."""
-    done = subprocess.run(
-        ["fusermount3", "-u", "-z", "--", str(path)], check=False, capture_output=True
-    )
-    if done.returncode:
-        raise UserError(
-            f"the process that had mounted {path} is gone, and its mount is in the way",
-            f"fusermount3 -u {path}",
-        )
-    log.info("took away the dead mount on %s", path)
-    return mount_point(path)
+    check_detached(directory, done.returncode, done.stderr)

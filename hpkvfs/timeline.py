@@ -6,7 +6,7 @@ import errno
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from hpkvfs import keep
 from hpkvfs.control import Progress, no_progress
@@ -23,7 +23,17 @@ from hpkvfs.volume.blob import Kind
 from hpkvfs.volume.commit import Pinned
 from hpkvfs.volume.facts import Facts
 from hpkvfs.volume.gc import loading
-from hpkvfs.volume.items import ROOT_INO, Inode, ItemKind, inode_range, key, kind_range, split_key
+from hpkvfs.volume.items import (
+    ROOT_INO,
+    Clock,
+    Inode,
+    ItemKind,
+    NameHash,
+    inode_range,
+    key,
+    kind_range,
+    split_key,
+)
 from hpkvfs.volume.snapshots import MAX_TABLES, Plan, Snapshot, check_name, encode_tables, plan
 from hpkvfs.volume.volume import FETCHES_AT_ONCE, Volume
 
@@ -325,14 +335,30 @@ class _Names:
         return Inode.decode(ino, raw) if raw is not None else None
 
 
+class Source(Protocol):
+    """What a snapshot is read from: a session, or what is borrowed from one (beside.py)."""
+
+    volume: Volume
+    names: NameHash
+    clock: Clock
+
+    async def load(self, missing: Missing) -> None:
+        """Bring blobs into memory; HpkvError."""
+        ...
+
+    def prefetch(self, refs: list[BlobRef]) -> None:
+        """Fetch extents in the background."""
+        ...
+
+
 class SnapshotBackend:
     """One snapshot to be mounted by itself. Implements fs.backend.Backend."""
 
-    def __init__(self, session: Session, snapshot: Snapshot) -> None:
-        self._session = session
+    def __init__(self, source: Source, snapshot: Snapshot) -> None:
+        self._source = source
         self._snapshot = snapshot
-        shelf = Shelf(session.volume, session.names, only=snapshot)
-        self._fs = Filesystem(shelf, NoLog(), session.names, session.clock)
+        shelf = Shelf(source.volume, source.names, only=snapshot)
+        self._fs = Filesystem(shelf, NoLog(), source.names, source.clock)
         self._fs.start(0, snapshot.size, snapshot.files, 0)
 
     @property
@@ -342,7 +368,7 @@ class SnapshotBackend:
 
     async def load(self, missing: Missing) -> None:
         """Bring blobs into memory."""
-        await self._session.load(missing)
+        await self._source.load(missing)
 
     def is_crowded(self, size: int) -> bool:
         """Always: `admit` says why."""
@@ -357,7 +383,7 @@ class SnapshotBackend:
 
     def prefetch(self, refs: list[BlobRef]) -> None:
         """Fetch extents in the background."""
-        self._session.prefetch(refs)
+        self._source.prefetch(refs)
 
     def space(self) -> tuple[int, int]:
         """(blocks in use, none left)."""

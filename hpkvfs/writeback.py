@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import subprocess
 from collections import Counter
@@ -33,11 +32,11 @@ from typing import Final
 import trio
 
 from hpkvfs.errors import VaultError
+from hpkvfs.mountpoint import is_mounted
 
 log = logging.getLogger(__name__)
 
 FILES_AT_ONCE: Final = 256
-_ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 
 
 class Writeback:
@@ -94,17 +93,6 @@ class Writeback:
                 for name in names:
                     self._forget(name)  # or it keeps the inode, also when it is unlinked
             _explain(said)
-
-
-def is_mounted(directory: Path) -> bool:
-    """Whether a vault is mounted there, without a question to it: it would be one to ourselves."""
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        for line in mounts:
-            fields, _, kind = line.partition(b" - ")
-            where = _ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), fields.split()[4])
-            if kind.startswith(b"fuse.hpkvfs ") and where == os.fsencode(directory):
-                return True
-    return False
 
 
 async def _sync(*arguments: str) -> list[str]:

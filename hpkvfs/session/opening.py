@@ -87,9 +87,9 @@ def _build(
 ) -> Session:
     patience = options.patience or PATIENCE_SECONDS
     store = RemoteStore(journal, dialer, rng, identity=identity, patience=patience, prover=prover)
-    sealer, caches = Sealer(keys, rng), options.memory * 3 // 8
+    sealer = Sealer(keys, rng)
     known = kept.known(journal, options.kept)
-    volume = Volume(keys, sealer, store, cache, known, memory=caches)
+    volume = Volume(keys, sealer, store, cache, known, memory=options.caches)
     writer = journal.meta(_WRITER)
     if writer is None:
         writer = rng(8)

@@ -42,6 +42,11 @@ class Options:
     helpers: int = 0
 
     @property
+    def caches(self) -> int:
+        """Bytes of nodes and extents to keep."""
+        return self.memory * 3 // 8
+
+    @property
     def follows(self) -> bool:
         """Whether it goes on to what other clients publish while it is in use."""
         return self.read_only and self.kept is None

@@ -67,6 +67,38 @@ def test_a_snapshot_is_what_was_there_and_stays_so(mount: Client) -> None:
     assert os.listdir(root / ".snapshots") == []
 
 
+def test_a_snapshot_is_mounted_beside_its_vault(mount: Client, tmp_path: Path) -> None:
+    """It costs nothing, changes nothing, outlives the vault's own mount, and is unmounted alone."""
+    root, beside = mount.directory, tmp_path / "beside"
+    beside.mkdir()
+    furnish(root)
+    before = tree(root)
+    mount.run("snapshot", "create", "first")
+    shutil.rmtree(root / "docs")
+    mount.run("sync")
+    tokens = mount.json("balance")["total"]
+
+    said = mount.run("mount", "--snapshot", "none", beside, code=2).stderr
+    assert "there is no snapshot 'none'" in said
+    mount.run("mount", "--snapshot", "first", beside)
+    try:
+        assert tree(beside) == before
+        assert not (root / "docs").exists()
+        refused(errno.EROFS, (beside / "x").write_text, "x")
+        assert mount.json("balance")["total"] == tokens, "what is here is not paid for again"
+        mount.run("umount", beside)
+        assert not beside.is_mount()
+        mount.run("mount", "--snapshot", "first", beside)  # with nothing in memory
+        (root / "new").write_text("goes on")
+        mount.umount()
+        refused(errno.EHOSTDOWN, (beside / "docs" / "big").read_bytes)
+        mount.mount()
+        assert tree(beside) == before
+    finally:
+        mount.run("umount", beside)
+    assert (root / "new").read_text() == "goes on"
+
+
 def test_nothing_under_snapshots_can_be_changed_nor_the_name_taken(mount: Client) -> None:
     root, shelf = mount.directory, mount.directory / ".snapshots"
     (root / "file").write_text("kept")
@@ -85,18 +117,15 @@ def test_nothing_under_snapshots_can_be_changed_nor_the_name_taken(mount: Client
     mount.run("snapshot", "delete", "t")
     assert not (shelf / "t").exists()
     assert (root / "file").read_text() == "kept"
-    there = f"{shelf}/s"
-    done = mount.run("mount", "--snapshot", "s", mount.state, code=3)
-    assert f"read the snapshot in {there};" in done.stderr
-    assert "no snapshot 't'" in mount.run("mount", "--snapshot", "t", mount.state, code=3).stderr
+    said = mount.run("mount", mount.state, code=3).stderr
+    assert f"its snapshots are in {shelf}" in said
 
 
 def test_a_file_of_the_users_by_that_name_is_his_and_he_is_told(vault: Client) -> None:
     root = vault.directory
     vault.mount("--no-snapshots-dir")
     assert not (root / ".snapshots").exists()
-    done = vault.run("mount", "--snapshot", "s", vault.state, code=3)
-    assert "unmount it first" in done.stderr
+    assert "unmount it first" in vault.run("mount", vault.state, code=3).stderr
     (root / ".snapshots").write_text("mine")
     vault.umount()
     said = vault.mount()
