@@ -10,9 +10,12 @@ fails keeps the generator and the rest of the step, and goes on later with the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from itertools import groupby
+from typing import Protocol, TypeAlias, TypeVar
+
+from sortedcontainers import SortedDict
 
 from hpkvfs.tree import btree
 from hpkvfs.tree.node import Node
@@ -38,6 +41,10 @@ SEALS_AT_ONCE = 4
 READS_AT_ONCE = 64
 
 T = TypeVar("T")
+Block: TypeAlias = tuple[int, int]
+"""(inode, number)."""
+KeyRange: TypeAlias = tuple[bytes, bytes]
+"""[low, high)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +93,15 @@ class Changes(Protocol):
         """Change of the number of inodes."""
         ...
 
-    def dirty_blocks(self) -> list[tuple[int, int]]:
-        """(inode, block) of every block that was written."""
+    def dirty_blocks(self) -> list[Block]:
+        """Every block that was written, in order."""
         ...
 
     def items_changed(self) -> Iterable[tuple[bytes, bytes | None]]:
         """Items put or removed."""
         ...
 
-    def hidden_ranges(self) -> Iterable[tuple[bytes, bytes]]:
+    def hidden_ranges(self) -> Iterable[KeyRange]:
         """Ranges of keys removed from the tree, before the items and blocks above."""
         ...
 
@@ -186,7 +193,7 @@ class _Maker:
 def publish(
     base: Base,
     changes: Changes,
-    read_blocks: Callable[[list[tuple[int, int]]], list[bytes]],
+    read_blocks: Callable[[list[Block]], list[bytes]],
     source: Source,
     sealer: Sealer,
 ) -> Steps:
@@ -196,13 +203,14 @@ def publish(
     trailing zeros; it may raise Missing.
     """
     maker = _Maker(sealer, base.next_id)
-    edits = yield from _blocks(changes, read_blocks, maker)
-    fresh = len(edits[1])
+    dirty = changes.dirty_blocks()
+    edits, fresh = yield from _blocks(dirty, read_blocks, maker)
     if base.rewrite is None:
-        freed, root, written = yield from _change(changes, edits[0], source, maker)
+        ranges = [*changes.hidden_ranges(), *_overwritten(dirty, _first_new(base))]
+        freed, root, written = yield from _change(changes, ranges, edits, source, maker)
         live = -len(freed)
     else:
-        freed, root, written = _rewrite(base.rewrite, changes, edits[0], maker)
+        freed, root, written = _rewrite(base.rewrite, changes, dirty, edits, maker)
         kept = sum(_is_extent(raw) for raw, _ in base.rewrite.items)
         live = kept + len(base.rewrite.nodes) - len(freed) - _live(base)
     live += fresh + written
@@ -230,12 +238,19 @@ def publish(
 
 
 def _change(
-    changes: Changes, blocks: dict[bytes, bytes | None], source: Source, maker: _Maker
+    changes: Changes,
+    ranges: list[KeyRange],
+    blocks: dict[bytes, bytes],
+    source: Source,
+    maker: _Maker,
 ) -> Generator[Step, None, tuple[list[BlobRef], BlobRef | None, int]]:
-    """Write the changed nodes: (blobs that are no longer needed, new root, nodes written)."""
+    """Write the changed nodes: (blobs that are no longer needed, new root, nodes written).
+
+    `ranges` are removed before the blocks and items are put.
+    """
     pinned = Pinned(source)
     items: dict[bytes, bytes | None] = {}
-    items.update((yield from _removed(changes, pinned, source.root)))
+    items.update((yield from _removed(ranges, pinned, source.root)))
     items.update(blocks)
     items.update(changes.items_changed())
     applied = yield from _apply(pinned, source.root, sorted(items.items()), maker)
@@ -244,12 +259,19 @@ def _change(
 
 
 def _rewrite(
-    rewrite: Rewrite, changes: Changes, blocks: dict[bytes, bytes | None], maker: _Maker
+    rewrite: Rewrite,
+    changes: Changes,
+    dirty: Sequence[Block],
+    blocks: dict[bytes, bytes],
+    maker: _Maker,
 ) -> tuple[list[BlobRef], BlobRef | None, int]:
     """As _change, writing all of the tree; there may be no ranges to remove."""
     assert not list(changes.hidden_ranges())
-    before: dict[bytes, bytes] = dict(rewrite.items)
-    after: dict[bytes, bytes | None] = {**before, **blocks, **dict(changes.items_changed())}
+    before = SortedDict(rewrite.items)
+    after: dict[bytes, bytes | None] = dict(before)
+    for low, high in _overwritten(dirty):
+        after.update(dict.fromkeys(before.irange(low, high, (True, False))))
+    after |= blocks | dict(changes.items_changed())
     displaced = [
         decode_extent(old) for raw, old in before.items() if _is_extent(raw) and after[raw] != old
     ]
@@ -271,23 +293,26 @@ def _live(base: Base) -> int:
     return base.known.anchor.live if base.known else 0
 
 
+def _first_new(base: Base) -> int:
+    """The inodes from this number on are not in the tree that is changed."""
+    return base.known.anchor.next_ino if base.known else 0
+
+
 def _blocks(
-    changes: Changes, read_blocks: Callable[[list[tuple[int, int]]], list[bytes]], maker: _Maker
-) -> Generator[Step, None, tuple[dict[bytes, bytes | None], list[BlobRef]]]:
-    """Store dirty blocks; the edits that make the tree say where they are, and the extents."""
-    edits: dict[bytes, bytes | None] = {}
-    extents: list[BlobRef] = []
-    dirty = changes.dirty_blocks()
+    dirty: list[Block], read_blocks: Callable[[list[Block]], list[bytes]], maker: _Maker
+) -> Generator[Step, None, tuple[dict[bytes, bytes], int]]:
+    """Store dirty blocks; the items that tell the tree where they are, and how many are extents."""
+    edits: dict[bytes, bytes] = {}
+    extents = 0
     for start in range(0, len(dirty), READS_AT_ONCE):
         batch = dirty[start : start + READS_AT_ONCE]
         contents = yield from _until_loaded(lambda b=batch: read_blocks(b))  # type: ignore[misc]
         for (ino, number), content in zip(batch, contents, strict=True):
-            edits.update(_no_block(ino, number))
             if len(content) > INLINE_LIMIT:
                 if len(maker.made) % SEALS_AT_ONCE == 0:
                     yield Turn()
                 ref = maker.make(Kind.EXTENT, content.ljust(BLOCK, b"\0"))
-                extents.append(ref)
+                extents += 1
                 edits[key(ino, ItemKind.EXTENT, number * BLOCK)] = encode_extent(ref)
             else:
                 edits.update(_pieces(ino, number, content))
@@ -298,12 +323,17 @@ def _blocks(
     return edits, extents
 
 
-def _no_block(ino: int, number: int) -> Iterator[tuple[bytes, None]]:
-    """The edits that remove a block, in whichever form it is there."""
-    start = number * BLOCK
-    yield key(ino, ItemKind.EXTENT, start), None
-    for at in range(start, start + INLINE_LIMIT, PIECE):
-        yield key(ino, ItemKind.INLINE, at), None
+def _overwritten(dirty: Iterable[Block], first_new: int = 0) -> Iterator[KeyRange]:
+    """Where blocks may be that are written anew, in whichever form: neighbours as one.
+
+    Those of inodes from `first_new` on, if given, are nowhere yet.
+    """
+    old = (block for block in dirty if not first_new or block[0] < first_new)
+    for _, run in groupby(enumerate(old), lambda one: (one[1][0], one[1][1] - one[0])):
+        blocks = [block for _, block in run]
+        (ino, first), (_, last) = blocks[0], blocks[-1]
+        for kind in (ItemKind.EXTENT, ItemKind.INLINE):
+            yield key(ino, kind, first * BLOCK), key(ino, kind, (last + 1) * BLOCK)
 
 
 def _pieces(ino: int, number: int, content: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -312,11 +342,11 @@ def _pieces(ino: int, number: int, content: bytes) -> Iterator[tuple[bytes, byte
 
 
 def _removed(
-    changes: Changes, source: Pinned, root: BlobRef | None
+    ranges: list[KeyRange], source: Pinned, root: BlobRef | None
 ) -> Generator[Step, None, list[tuple[bytes, None]]]:
-    """Deletions of all that lies in the ranges removed whole."""
+    """Deletions of all that lies in these ranges."""
     found: list[tuple[bytes, None]] = []
-    for low, high in sorted(changes.hidden_ranges()):
+    for low, high in sorted(ranges):
         pairs = yield from _until_loaded(
             lambda lo=low, hi=high: list(btree.scan(source, root, lo, hi))  # type: ignore[misc]
         )
