@@ -2,7 +2,8 @@
 
 An attempt that fails (server down, wallet empty) is kept as it is and resumed with the same
 blobs; writing goes on meanwhile in the active layer and the redo log. It is thrown away only
-when the server has something else under one of its ids; what it stored is then dead.
+when the server has something else under one of its ids, or when making the next blobs failed,
+which cannot be gone on with; what it stored is then dead.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class Publisher:
         """
         async with self._lock:
             try:
-                if self._fs.frozen is not None:
+                if self._fs.frozen is not None or self._attempt is not None:
                     await self._finish(progress)
                 if self.pending:
                     await self._finish(progress)
@@ -155,9 +156,10 @@ class Publisher:
             try:
                 await self._run(attempt, progress)
             except KeyExists:
-                self._abandon(attempt)
+                self._abandon(attempt, ID_GAP)
                 continue
-            assert attempt.done is not None
+            if attempt.done is None:
+                raise _unfinished()
             await self._complete(attempt, attempt.done)
             return
         raise SecondWriter(
@@ -192,7 +194,7 @@ class Publisher:
         steps = publish(base, frozen, view.blocks, self._volume, self._volume.sealer)
         attempt = _Attempt(steps, mark, frozenset(base.orphans), removed, snapshots)
         self._attempt = attempt
-        attempt.advance()
+        self._advance(attempt)
         return attempt
 
     async def _plan_snapshots(self) -> Plan | None:
@@ -207,10 +209,23 @@ class Publisher:
 
         return await gc.loading(volume, attempt)
 
-    def _abandon(self, attempt: _Attempt) -> None:
+    def _advance(self, attempt: _Attempt) -> None:
+        """Make the next step. Whatever fails in that ends the generator, and so the attempt.
+
+        But not once an anchor is stored: what it names must not be taken for dead.
+        """
+        try:
+            attempt.advance()
+        except Exception as error:
+            log.error("making a generation failed (%r); the next attempt begins anew", error)
+            if not any(ref.id & ANCHOR_BIT for ref in attempt.stored):
+                self._abandon(attempt, 0)
+            raise
+
+    def _abandon(self, attempt: _Attempt, gap: int) -> None:
         stored = {ref for ref in attempt.stored if not ref.id & ANCHOR_BIT}
         self.orphans |= stored
-        self.next_id = BlobId(max([self.next_id, *(ref.id + 1 for ref in stored)]) + ID_GAP)
+        self.next_id = BlobId(max([self.next_id, *(ref.id + 1 for ref in stored)]) + gap)
         self._attempt = None
 
     async def _run(self, attempt: _Attempt, progress: Progress) -> None:
@@ -219,7 +234,7 @@ class Publisher:
                 await self._volume.load(attempt.step.missing)
             elif isinstance(attempt.step, Insert):
                 await self._store(attempt, attempt.step, progress)
-            attempt.advance()
+            self._advance(attempt)
             await trio.lowlevel.checkpoint()
 
     async def _store(self, attempt: _Attempt, step: Insert, progress: Progress) -> None:
@@ -308,4 +323,11 @@ def _overtaken() -> SecondWriter:
         "another client has written to this vault",
         "what was written here and not published is kept; to go on from the other's state:"
         " unmount, then hpkvfs mount --takeover DIR",
+    )
+
+
+def _unfinished() -> VaultError:
+    return VaultError(
+        "publishing failed after its last step, and stops here",
+        "what was written is kept; unmount, then mount again",
     )
