@@ -16,6 +16,7 @@ from __future__ import annotations
 import select
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 import trio
@@ -59,14 +60,16 @@ class Lock:
 class _LowLevel:
     """trio.lowlevel, with another wait_readable."""
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], None]) -> None:
         self._last_turn = 0.0
+        self._settle = settle
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
 
     async def wait_readable(self, fd: int) -> None:
         """Return when there is something to read; ClosedResourceError when it is closed."""
+        self._settle()
         now = time.monotonic()
         if now - self._last_turn < HOLD and select.select((fd,), (), (), LINGER)[0]:
             return
@@ -76,12 +79,12 @@ class _LowLevel:
 
 
 class Trio:
-    """What pyfuse3 uses of trio."""
+    """What pyfuse3 uses of trio; `settle` is called each time before it waits for a request."""
 
     Lock = Lock
 
-    def __init__(self) -> None:
-        self.lowlevel = _LowLevel()
+    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
+        self.lowlevel = _LowLevel(settle)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio, name)

@@ -5,9 +5,9 @@ pages for as long as it likes, and keep what was written (writeback cache) until
 closed or synced, or it wants the memory: then it comes in few large pieces. The kernel then
 knows a file's size and times better than we do, and tells us.
 
-What the kernel asks for each time, and how it is kept cheap: `security.capability` before each
-write (libfuse 3.14 cannot say that there is none; the memo of xattrs can); FLUSH is answered
-ENOSYS once, and never comes again, since there is nothing it could do.
+What the kernel need not ask each time: `security.capability` before each write (handshake.py; a
+kernel that is asked for no promise is answered from the memo of xattrs); FLUSH is answered ENOSYS
+once, and never comes again, since there is nothing it could do.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import pyfuse3
 import trio
 
+from hpkvfs import handshake
 from hpkvfs.eager import Trio
 from hpkvfs.errors import DiskFull, EmptyWallet, HpkvError, Unreachable
 from hpkvfs.fs import acl
@@ -459,14 +460,21 @@ async def serve(
 
     `follows`: what is below may change, so the kernel may not rely on it for long.
     """
-    vars(pyfuse3)["trio"] = Trio()  # as pyfuse3.asyncio does
-    pyfuse3.init(Adapter(backend, follows, writeback), mountpoint, options)
+    shake = handshake.mounted(mountpoint, options)
     try:
-        ready()
-        await pyfuse3.main()
+        # as pyfuse3.asyncio does
+        vars(pyfuse3)["trio"] = Trio() if shake is None else Trio(shake.settle)
+        where = mountpoint if shake is None else shake.path
+        pyfuse3.init(Adapter(backend, follows, writeback), where, options)
+        try:
+            ready()
+            await pyfuse3.main()
+        finally:
+            # harmless when unmounted already; asking first whether it is would ask ourselves
+            pyfuse3.close(unmount=True)
     finally:
-        # harmless when unmounted already; asking first whether it is would ask ourselves
-        pyfuse3.close(unmount=True)
+        if shake is not None:
+            shake.close()
 
 
 def forget_name(parent: int, name: bytes) -> None:

@@ -66,6 +66,7 @@ RELATIME = 24 * 3_600 * 10**9
 MOST_ACCESSES = 20_000
 HELD = 16 << 20
 _LENT = stat.S_ISUID | stat.S_ISGID
+_CAPABILITY = b"security.capability"
 
 
 def fail(code: int) -> OSError:
@@ -361,6 +362,7 @@ class Filesystem:
             effects += self._chmod_acl(new)
         elif not inode.is_dir and not (changes.size is changes.uid is changes.gid is None):
             new = new._replace(mode=unprivileged(inode.mode))
+            effects += self._capability_gone(ino)
         for field in ("uid", "gid"):
             value = getattr(changes, field)
             if value is not None:
@@ -373,6 +375,14 @@ class Filesystem:
         if changes.atime is not None:
             self._accesses.pop(ino, None)
         return new
+
+    def _capability_gone(self, ino: int) -> list[Change]:
+        """What takes from a file the capabilities that it lends; Missing.
+
+        The kernel was promised that they go whenever content or owner change (handshake.py).
+        """
+        found = self.xattrs(ino).get(_CAPABILITY)
+        return [] if found is None else [Put(key(ino, ItemKind.XATTR, found[0]), None)]
 
     def _chmod_acl(self, inode: Inode) -> list[Change]:
         found = self.xattrs(inode.ino).get(acl.ACCESS)
@@ -740,6 +750,7 @@ class Filesystem:
             now = self._clock()
             new = new._replace(mtime=now, ctime=now)
         effects: list[Change] = [Write(ino, offset, data, _blocks(inode.size))]
+        effects += self._capability_gone(ino)
         if new is not inode:
             effects.append(new)
         if new.size != inode.size:

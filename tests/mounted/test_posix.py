@@ -7,8 +7,10 @@ import errno
 import os
 import socket
 import stat
+import struct
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -302,3 +304,33 @@ def test_locks_exclude(here: Path) -> None:
         fcntl.flock(one, fcntl.LOCK_EX)
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# of Linux's <linux/capability.h>: revision 2, effective; CAP_NET_BIND_SERVICE
+CAPABILITY = struct.pack("<5I", 0x0200_0001, 1 << 10, 0, 0, 0)
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [append, lambda path: os.truncate(path, 3), lambda path: os.chown(path, 7, 7)],
+    ids=["write", "truncate", "chown"],
+)
+def test_a_file_that_changes_lends_no_rights_any_more(
+    here: Path, change: Callable[[Path], None]
+) -> None:
+    path = here / "tool"
+    path.write_bytes(b"content")
+    append(path)  # the kernel knows now that there is nothing to take away
+    path.chmod(0o6755)
+    os.setxattr(path, "security.capability", CAPABILITY)
+    os.utime(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o6755
+    assert os.getxattr(path, "security.capability") == CAPABILITY
+    change(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    assert "security.capability" not in os.listxattr(path)
