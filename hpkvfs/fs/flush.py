@@ -16,6 +16,7 @@ import logging
 
 import trio
 
+from hpkvfs import threads
 from hpkvfs.fs.filesystem import Filesystem, fail
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class GroupFlush:
     async def _flush(self) -> None:
         position, flush = self._fs.position, self._fs.syncer()
         try:
-            await trio.to_thread.run_sync(flush)
+            await threads.in_thread(flush)
         except OSError as error:
             log.error("the redo log cannot be written to the disk: %s", error.strerror)
             self._failed = True

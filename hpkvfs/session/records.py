@@ -7,9 +7,7 @@ when that generation accounts for what it tells.
 
 from __future__ import annotations
 
-import trio
-
-from hpkvfs import kept
+from hpkvfs import kept, threads
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.state import disk_trouble
@@ -28,7 +26,7 @@ class LocalRecords:
     async def sync_log(self) -> None:
         """Return when all changes so far are in the redo log, durably; VaultError."""
         with disk_trouble():
-            await trio.to_thread.run_sync(self._fs.syncer())
+            await threads.in_thread(self._fs.syncer())
 
     async def save_known(self, known: Known) -> None:
         """Remember the newest generation, durably."""

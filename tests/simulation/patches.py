@@ -1,7 +1,7 @@
 """What is replaced around the real code so that a seed decides everything.
 
     trio's order of tasks        its generator is seeded, its batches sorted before they shuffle
-    trio.to_thread.run_sync      inline, after a simulated pause
+    threads.in_thread, trio.to_thread.run_sync   inline, after a simulated pause
     the journal's writer thread  a task (client.SimulatedJournal)
     the module os of redo log and kept copies  a disk in memory (disk.DiskOs)
     credentials                  cheap ones, unless `real`
@@ -23,6 +23,7 @@ from unittest.mock import patch
 import trio
 import trio._core._run
 
+from hpkvfs import threads
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.protocol.credential import Draft, Issuer, IssuerParameters
 from hpkvfs.protocol.epoch import EpochParameters
@@ -42,10 +43,12 @@ Replacement = tuple[object, str, object]
 def simulated(seed: str, *, real: bool) -> Iterator[None]:
     """Replace all of it, for one run."""
     order = random.Random(f"{seed}/order")
+    inline = _inline(random.Random(f"{seed}/threads"))
     replacements: list[Replacement] = [
         (trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
         (trio._core._run, "_r", order),
-        (trio.to_thread, "run_sync", _inline(random.Random(f"{seed}/threads"))),
+        (threads, "in_thread", inline),
+        (trio.to_thread, "run_sync", inline),
     ]
     with ExitStack() as stack:
         for owner, name, value in replacements:

@@ -70,6 +70,7 @@ from hpkvd.ledger.group import Group
 from hpkvd.ledger.rules import Account, Drop, Job, Posting, Result, Retire
 from hpkvd.ledger.sweep import Sweep
 from hpkvd.log import Complaints
+from hpkvfs import threads
 from hpkvfs.protocol.messages import Done, Fact, Outcome, Reason, Refused, StoredFact
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
@@ -735,7 +736,7 @@ class PostgresqlLedger:
 
     async def _perform(self, jobs: Sequence[Job]) -> Sequence[Result]:
         try:
-            results, oldest = await trio.to_thread.run_sync(
+            results, oldest = await threads.in_thread(
                 self._writer.run, lambda connection: _write(connection, jobs)
             )
         except LedgerError as error:
@@ -746,7 +747,10 @@ class PostgresqlLedger:
         return results
 
     async def _ask(self, questions: Sequence[_Question]) -> Sequence[_Answer]:
-        return await trio.to_thread.run_sync(self._reader.run, lambda c: self._answer(c, questions))
+        answers: Sequence[_Answer] = await threads.in_thread(
+            self._reader.run, lambda c: self._answer(c, questions)
+        )
+        return answers
 
     def _answer(self, connection: Connection, questions: Sequence[_Question]) -> Sequence[_Answer]:
         needs, sheet = _Needs(), _Sheet()

@@ -54,6 +54,7 @@ from hpkvd.ledger.group import Group
 from hpkvd.ledger.rules import Account, Drop, Job, Posting, Result, Retire
 from hpkvd.ledger.sweep import Sweep
 from hpkvd.log import Complaints
+from hpkvfs import threads
 from hpkvfs.protocol.messages import Done, Fact, Outcome, Reason, Refused, StoredFact
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.protocol.voucher import Voucher
@@ -438,7 +439,7 @@ class SqliteLedger:
             with _translated():
                 await self._begin()
                 results = self._write_all(jobs)
-                await trio.to_thread.run_sync(self._write.execute, "COMMIT")
+                await threads.in_thread(self._write.execute, "COMMIT")
         except LedgerError as error:
             self._complaints.complain(f"requests are refused, nothing is lost: {error}")
             self._roll_back()
