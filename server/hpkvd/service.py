@@ -100,19 +100,26 @@ class Service:
             self._slots.release()
 
     async def _converse(self, connection: socket.socket) -> None:
-        with trio.move_on_after(self._limits.seconds) as scope:
-            self._receiving.add(scope)
-            try:
-                frame = await _receive(connection)
-            finally:
-                self._receiving.discard(scope)
-        if scope.cancelled_caught or frame is None:
+        frame = _received(connection)
+        if len(frame) < REQUEST_SIZE:
+            frame = await self._whole(connection, frame)
+        if not frame:
             return
         reply = await self._answer(frame)
         sent = _send(connection, reply)
         if sent < len(reply):
             with trio.move_on_after(self._limits.seconds):
                 await _send_rest(connection, memoryview(reply)[sent:])
+
+    async def _whole(self, connection: socket.socket, begun: bytes) -> bytes:
+        """A request of which so much is here; empty if they stop, or take too long."""
+        with trio.move_on_after(self._limits.seconds) as scope:
+            self._receiving.add(scope)
+            try:
+                return await _receive_rest(connection, begun)
+            finally:
+                self._receiving.discard(scope)
+        return b""
 
 
 async def _accepted(listener: socket.socket) -> socket.socket:
@@ -131,19 +138,26 @@ async def _accepted(listener: socket.socket) -> socket.socket:
             return connection
 
 
-async def _receive(connection: socket.socket) -> bytes | None:
-    """One request frame; None if the peer stops before it is whole."""
-    frame = bytearray(REQUEST_SIZE)
-    room = memoryview(frame)
-    while room:
+def _received(connection: socket.socket) -> bytes:
+    """What is here of a request without waiting; all of it, as a rule."""
+    try:
+        return connection.recv(REQUEST_SIZE)
+    except BlockingIOError:
+        return b""
+
+
+async def _receive_rest(connection: socket.socket, begun: bytes) -> bytes:
+    """A whole request frame; empty if the peer stops before that."""
+    frame = bytearray(begun)
+    while len(frame) < REQUEST_SIZE:
+        await wait_readable(connection)
         try:
-            received = connection.recv_into(room)
+            part = connection.recv(REQUEST_SIZE - len(frame))
         except BlockingIOError:
-            await wait_readable(connection)
             continue
-        if not received:
-            return None
-        room = room[received:]
+        if not part:
+            return b""
+        frame += part
     return bytes(frame)
 
 
