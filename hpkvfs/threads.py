@@ -14,7 +14,7 @@ import trio
 T = TypeVar("T")
 
 
-async def in_thread(call: Callable[..., T], *arguments: object) -> T:
+async def in_thread(call: Callable[[], T]) -> T:
     """What the call returns or raises; it is waited for also when the caller is cancelled.
 
     At most as many run at a time as are called, so this is for callers that take turns.
@@ -25,6 +25,6 @@ async def in_thread(call: Callable[..., T], *arguments: object) -> T:
     def deliver(result: Any) -> None:
         token.run_sync_soon(trio.lowlevel.reschedule, task, result)
 
-    trio.lowlevel.start_thread_soon(lambda: call(*arguments), deliver)
+    trio.lowlevel.start_thread_soon(call, deliver)
     result: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
     return result

@@ -26,6 +26,7 @@ from hpkvd.ledger import Delete, Transaction
 from hpkvd.ledger.group import Group
 from hpkvd.ledger.rules import Posting
 from hpkvd.ledger.sqlite import _Rows
+from hpkvfs import threads
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.net.ended import Ended
@@ -100,7 +101,7 @@ def _reply_before_commit() -> list[Replacement]:
             waiting.result = result
             waiting.decided.set()
         try:
-            await trio.to_thread.run_sync(ledger._write.execute, "COMMIT")
+            await threads.in_thread(lambda: ledger._write.execute("COMMIT"))
         except Exception:
             ledger._roll_back()
 

@@ -153,8 +153,11 @@ class Server(Side):
             done.set()
 
     def commit(self, execute: Callable[..., Any], *arguments: Any) -> Any:
-        """What a thread does for the ledger, with the moments around a COMMIT."""
-        if arguments[0] != "COMMIT":
+        """What a thread does for the ledger, with the moments around a COMMIT.
+
+        That alone goes there by threads.in_thread, which takes no arguments.
+        """
+        if arguments:
             return execute(*arguments)
         self.at(Point.LEDGER_BEFORE)
         if self.disk_full:
@@ -162,7 +165,7 @@ class Server(Side):
             error.sqlite_errorcode = sqlite3.SQLITE_FULL
             error.sqlite_errorname = "SQLITE_FULL"
             raise error
-        result = execute(*arguments)
+        result = execute()
         self.at(Point.LEDGER_AFTER)
         return result
 

@@ -737,7 +737,7 @@ class PostgresqlLedger:
     async def _perform(self, jobs: Sequence[Job]) -> Sequence[Result]:
         try:
             results, oldest = await threads.in_thread(
-                self._writer.run, lambda connection: _write(connection, jobs)
+                lambda: self._writer.run(lambda connection: _write(connection, jobs))
             )
         except LedgerError as error:
             self._complaints.complain(f"requests are refused, nothing is lost: {error}")
@@ -747,10 +747,9 @@ class PostgresqlLedger:
         return results
 
     async def _ask(self, questions: Sequence[_Question]) -> Sequence[_Answer]:
-        answers: Sequence[_Answer] = await threads.in_thread(
-            self._reader.run, lambda c: self._answer(c, questions)
+        return await threads.in_thread(
+            lambda: self._reader.run(lambda connection: self._answer(connection, questions))
         )
-        return answers
 
     def _answer(self, connection: Connection, questions: Sequence[_Question]) -> Sequence[_Answer]:
         needs, sheet = _Needs(), _Sheet()

@@ -439,7 +439,7 @@ class SqliteLedger:
             with _translated():
                 await self._begin()
                 results = self._write_all(jobs)
-                await threads.in_thread(self._write.execute, "COMMIT")
+                await threads.in_thread(lambda: self._write.execute("COMMIT"))
         except LedgerError as error:
             self._complaints.complain(f"requests are refused, nothing is lost: {error}")
             self._roll_back()
