@@ -1,16 +1,20 @@
 """Paid requests a second: one and two workers, on SQLite and on PostgreSQL.
 
 Half insert, half look up; each has a proof and a connection of its own, and a durable commit. They
-are made before the clock starts. Runs of all four kinds take turns, on fresh ledgers, and a figure
-is that of the best round, because others on the machine can only take away. One worker is kept on
-the first core, with the crowd on the others; two are kept on two cores, with the crowd on both if
-there are no more.
+are made before the clock starts. Runs of all kinds take turns, on fresh ledgers, and a figure is
+that of the best round, because others on the machine can only take away. One worker is kept on the
+first core, with the crowd and PostgreSQL on the others; two are kept on two cores, with crowd and
+PostgreSQL on both if there are no more. In a third kind, `shared`, one worker has one core together
+with all that: what two do on two cores is then twice the machine and twice the work.
 
 Figures, of `--json`:
 
     rps_ENGINE_WORKERS    requests a second, by the clock, 64 in flight
     core_ENGINE_WORKERS   requests for each second of the workers' CPU (the database's apart)
-    scaling_ENGINE        rps of two workers over one
+    scaling_ENGINE        rps of two workers over one; on two cores the second worker has to share
+                          its core with crowd and database, which the one did not
+    scaling_machine_ENGINE   rps of two workers on two cores over one worker on one, crowd and
+                          database on the same cores both times
     scaling_cpu_ENGINE    the same if nothing else ran on the machine: by core_, which is what a
                           second worker costs the first one
     p50_ms_64, p99_ms_64  of an answer, two workers, SQLite
@@ -26,8 +30,8 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -39,7 +43,17 @@ from hpkvfs.protocol.credential import parse
 from hpkvfs.protocol.messages import decode_request
 from tests.server import ledgers
 from tests.server.postgres import Cluster
-from tools.benchmarks.crowd import IN_FLIGHT, Load, Result, cpu_seconds, make_load, played, serving
+from tools.benchmarks.crowd import (
+    IN_FLIGHT,
+    Load,
+    Result,
+    children,
+    cpu_seconds,
+    make_load,
+    pin,
+    played,
+    serving,
+)
 
 REQUESTS = 2_000
 ROUNDS = 3
@@ -63,10 +77,10 @@ def run(as_json: bool) -> dict[str, object]:
         tell(f"making {REQUESTS} requests")
         load = make_load(home, REQUESTS)
         bench = _Bench(home, cluster, load)
+        kinds = [(engine, kind) for kind in ("shared", "1", "2") for engine in ENGINES]
         for number in range(ROUNDS):
-            for workers in (1, 2):
-                for engine in ENGINES:
-                    tell(f"round {number + 1}: {bench.play(engine, workers)}")
+            for engine, kind in kinds:
+                tell(f"round {number + 1}: {bench.play(engine, kind)}")
         return bench.figures() | bench.shares() | bench.constants()
 
 
@@ -81,22 +95,41 @@ class _Bench:
         self._shares: defaultdict[str, list[float]] = defaultdict(list)
         self._cores = sorted(os.sched_getaffinity(0))
 
-    def play(self, engine: str, workers: int) -> str:
-        """One run on a fresh ledger; a line about it."""
-        own = self._cores
-        os.sched_setaffinity(0, own[1:] if workers == 1 and len(own) > 1 else own)
-        before = cpu_seconds(self._cluster.pid)
-        with serving(self._home, self._load, self._fresh(engine), workers, own) as server:
-            result = played(server, self._load.frames)
-        database = cpu_seconds(self._cluster.pid) - before
-        os.sched_setaffinity(0, own)
-        self._results[f"{engine}_{workers}"].append(result)
+    def play(self, engine: str, kind: str) -> str:
+        """One run on a fresh ledger, with so many workers; a line about it.
+
+        `shared`: one, on the same core as all that it needs.
+        """
+        own, workers = self._cores, 2 if kind == "2" else 1
+        crowd = {"shared": own[:1], "1": own[1:] or own, "2": own}[kind]
+        with self._kept_on(own[:1] if kind == "shared" else own, crowd):
+            before = cpu_seconds(self._cluster.pid)
+            with serving(self._home, self._load, self._fresh(engine), workers, own) as server:
+                result = played(server, self._load.frames)
+            database = cpu_seconds(self._cluster.pid) - before
+        self._results[f"{engine}_{kind}"].append(result)
         if engine == "postgres":
             self._database.append(1000 * database / result.requests)
         return (
-            f"{engine}_{workers}: {result.rate:.0f} requests/s, {result.per_core:.0f} for each"
+            f"{engine}_{kind}: {result.rate:.0f} requests/s, {result.per_core:.0f} for each"
             f" second of CPU; the crowd took {result.client / result.seconds:.0%} of a core"
         )
+
+    @contextmanager
+    def _kept_on(self, database: list[int], crowd: list[int]) -> Iterator[None]:
+        """Meanwhile PostgreSQL, new connections too, has these cores and we have those."""
+        self._pin_database(database)
+        os.sched_setaffinity(0, crowd)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, self._cores)
+            self._pin_database(self._cores)
+
+    def _pin_database(self, cores: list[int]) -> None:
+        for pid in (self._cluster.pid, *children(self._cluster.pid)):
+            with suppress(OSError):  # a connection's process that has ended by now
+                pin(pid, set(cores))
 
     def figures(self) -> dict[str, object]:
         """Rates, scaling, latency."""
@@ -109,6 +142,9 @@ class _Bench:
             clock = max(one.rate for one in twos) / max(one.rate for one in ones)
             cpu = 2 * max(one.per_core for one in twos) / max(one.per_core for one in ones)
             found |= {f"scaling_{engine}": round(clock, 2), f"scaling_cpu_{engine}": round(cpu, 2)}
+            shared = max(one.rate for one in self._results[f"{engine}_shared"])
+            machine = max(one.rate for one in twos) / shared
+            found[f"scaling_machine_{engine}"] = round(machine, 2)
         best = max(self._results["sqlite_2"], key=lambda one: one.rate)
         hundredths = statistics.quantiles(best.latencies, n=100)
         found["p50_ms_64"] = round(1000 * hundredths[49], 1)
