@@ -1,6 +1,25 @@
-"""python -m hpkvfs."""
+"""The command `hpkvfs`, also as `python -m hpkvfs`.
 
-from hpkvfs.cli import main
+Until all that it needs at once is imported, an interrupt ends it as it ends any program: Python
+would show where among the imports it was.
+"""
+
+from __future__ import annotations
+
+import signal
+
+
+def main() -> None:
+    """Run it."""
+    caught = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored
+    if caught:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from hpkvfs.cli import main as command
+
+    if caught:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    command(prog_name="hpkvfs")
+
 
 if __name__ == "__main__":
-    main(prog_name="hpkvfs")
+    main()

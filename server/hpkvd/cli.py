@@ -48,6 +48,7 @@ from hpkvfs.types import BLOB_SIZE
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: hpkvd init && hpkvd voucher --amount 1000 && hpkvd serve",
 )
+@click.version_option(package_name="hpkvfs", prog_name="hpkvd", message="%(prog)s %(version)s")
 def main() -> None:
     """A server of blobs that does not know whose they are."""
     os.umask(0o077)
