@@ -23,6 +23,7 @@ from hpkvfs.net.till import Till
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.messages import ReissueRequest
 from hpkvfs.protocol.tariff import Operation
+from hpkvfs.wallet.wallet import Held
 
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ class Tender:
         if self.is_late(epoch):
             self._reserve.release(epoch)
         if not self._wallet.worth(epoch.digest):
-            self._expire(epoch.digest)  # those of no value are not worth a request
+            self._let_go(self._wallet.discard(epoch.digest))  # they are not worth a request
             return False
         if self._wallet.count(epoch.digest) == 1 and not self._wallet.could_pay(epoch.digest, 0):
             await self._till.grow(epoch)
@@ -118,6 +119,8 @@ class Tender:
                 self._expire(digest)
 
     def _expire(self, digest: bytes) -> None:
-        held = self._wallet.expire(digest)
+        self._let_go(self._wallet.expire(digest))
+
+    def _let_go(self, held: Sequence[Held]) -> None:
         if held:
             self._till.journal.expire(held, self._wallet.book)

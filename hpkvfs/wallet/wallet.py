@@ -426,6 +426,13 @@ class Wallet:
         self._write_down(sum(one.amount for one in expired))
         return expired
 
+    def discard(self, epoch: bytes) -> list[Held]:
+        """Those of no value that are held of an epoch which is being left. The reserve stays: what
+        is in the breakglass entry is worth something for as long as the epoch lasts."""
+        worthless = [one for one in self._pools.get(epoch, []) if not one.amount]
+        self._pools[epoch] = [one for one in self._pools.get(epoch, []) if one.amount]
+        return worthless
+
     def conclude(self, pending: Pending, *, performed: bool) -> None:
         """The epoch of a pending has ended, and it is known whether its first attempt happened.
 

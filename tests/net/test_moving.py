@@ -167,6 +167,29 @@ async def test_commands_move_what_is_late(world: World) -> None:
     world.assert_conserved(store)
 
 
+async def test_what_a_breakglass_entry_has_stays_when_the_rest_of_its_epoch_has_left(
+    world: World,
+) -> None:
+    """Also when all that is left beside it is worth nothing, and let go."""
+    store = await world.rich_client(500)
+    tender = store._tender
+    first = await tender.newest()
+    await store.fill_reserve(first, (200, 100))
+    await world.rotate()
+    await store.refresh()
+    while await tender.move(first):
+        pass
+    await store._till.grow(first)
+    assert tender.left_behind(first)
+    assert not await tender.move(first)
+    assert not tender.left_behind(first)
+    assert sum(one.amount for one in store.reserve) == 300
+    assert (store.balance.total, store.expired) == (500, 0)
+    store = await restarted(world)
+    assert sum(one.amount for one in store.reserve) == 300
+    world.assert_conserved(store)
+
+
 @pytest.mark.parametrize("fault", CUTS)
 @pytest.mark.parametrize("rotations", [1, 3])
 async def test_a_crash_in_the_middle_of_a_move(world: World, fault: Fault, rotations: int) -> None:

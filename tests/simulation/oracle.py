@@ -19,9 +19,12 @@ from hpkvfs.protocol.messages import (
 )
 from hpkvfs.protocol.tariff import Operation
 from hpkvfs.session import Session
-from tests.fs.model import Model
+from tests.fs.model import Model, Thing
 from tests.fs.play import Step, Tree, play_on_model
 from tests.simulation.money import CheapRequest
+
+TO_A_FILE = ("write", "truncate", "chmod", "setxattr")
+"""Steps that concern the file at their path alone."""
 
 
 def check_status(session: Session, stored: int) -> None:
@@ -41,6 +44,39 @@ def totals_of(found: Tree) -> tuple[int, int]:
         size += share * (len(data) + len(target))
     assert files.denominator == size.denominator == 1
     return int(files), int(size)
+
+
+def together(first: list[Step], then: list[Step], base: int) -> list[Step] | None:
+    """Steps on top of others; None if one is not possible there. Both follow the first `base`.
+
+    What only concerns files follows them, if `first` moved them, since they are the same inodes.
+    """
+    model = Model()
+    if any(play_on_model(model, step) for step in first[:base]):
+        return None
+    things = places(model) if all(step[0] in TO_A_FILE for step in then) else {}
+    if any(play_on_model(model, step) for step in first[base:]):
+        return None
+    moved = {id(thing): path for path, thing in places(model).items()}
+    steps = list(first)
+    for name, path, *rest in then:
+        if path in things and places(model).get(path) is not things[path]:
+            path = moved.get(id(things[path]), path)
+        steps.append((name, path, *rest))
+        if play_on_model(model, steps[-1]):
+            return None
+    return steps
+
+
+def places(model: Model) -> dict[tuple[bytes, ...], Thing]:
+    """Everything in it, by path."""
+    found = dict[tuple[bytes, ...], Thing]()
+    left: list[tuple[tuple[bytes, ...], Thing]] = [((), model.root)]
+    while left:
+        path, thing = left.pop()
+        found[path] = thing
+        left += [((*path, name), below) for name, below in thing.names.items()]
+    return found
 
 
 @dataclass
