@@ -5,8 +5,8 @@ verified in one go, they would also be committed and answered together, their cl
 back together, and of two sides one would always wait for the other. One at a time, a request is on
 its way to the disk while the next one's proof is verified, and so on along the whole way.
 
-But each look at the network, and each commit, costs something. So the more are waiting, the more
-are let through between two looks: a server with too much to do has no time for them.
+But each look at the network, and each commit, costs something. In a crowd there is always enough
+to do, and nobody waits for a turn.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from typing import Final
 
 import trio
 
-LOOKS: Final = 16
-"""Into so many parts those who wait are divided."""
+CROWD: Final = 16
+"""So many that wait are a crowd."""
 
 
 class Turns:
-    """`async with turns:` around work that does not wait for anything. First come, first served."""
+    """`async with turns:` around work that does not wait for anything. First come, first served,
+    but for a crowd, which goes on at once."""
 
     def __init__(self) -> None:
         self._working = 0
         self._waiting = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> None:
-        if self._working:
+        if len(self._waiting) >= CROWD:
+            self._working += 1
+        elif self._working:
             await self._waiting.park()  # counted by who wakes it
         else:
             self._working = 1
@@ -42,4 +45,6 @@ class Turns:
     ) -> None:
         self._working -= 1
         if not self._working:
-            self._working = len(self._waiting.unpark(count=-(-len(self._waiting) // LOOKS)))
+            waiting = len(self._waiting)
+            next_ones = self._waiting.unpark(count=waiting if waiting >= CROWD else 1)
+            self._working = len(next_ones)

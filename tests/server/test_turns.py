@@ -7,7 +7,7 @@ from itertools import groupby
 import trio
 import trio.testing
 
-from hpkvd.turns import LOOKS, Turns
+from hpkvd.turns import CROWD, Turns
 
 
 class _Looks(trio.abc.Instrument):
@@ -41,10 +41,10 @@ async def test_a_few_that_come_together_are_done_one_at_a_time() -> None:
     assert await _rounds(Turns(), 5) == [1] * 5
 
 
-async def test_of_a_crowd_more_are_done_at_a_time() -> None:
-    rounds = await _rounds(Turns(), 4 * LOOKS)
-    assert rounds[:3] == [1, 4, 4]
-    assert rounds[-1] == 1
+async def test_nobody_waits_in_a_crowd() -> None:
+    rounds = await _rounds(Turns(), 1 + CROWD + 20)
+    assert rounds == [20, 1, CROWD] or rounds == [21, CROWD], rounds
+    assert await _rounds(Turns(), 1 + CROWD - 1) == [1] * CROWD  # the negative control
 
 
 async def test_who_fails_or_is_cancelled_takes_nobodys_turn() -> None:
