@@ -1,23 +1,14 @@
-"""The command `hpkvfs`, also as `python -m hpkvfs`.
-
-Until all that it needs at once is imported, an interrupt ends it as it ends any program: Python
-would show where among the imports it was.
-"""
+"""The command `hpkvfs`, also as `python -m hpkvfs`."""
 
 from __future__ import annotations
 
-import signal
+from hpkvfs.entry import importing
 
 
 def main() -> None:
     """Run it."""
-    caught = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored
-    if caught:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from hpkvfs.cli import main as command
-
-    if caught:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with importing():
+        from hpkvfs.cli import main as command
     command(prog_name="hpkvfs")
 
 

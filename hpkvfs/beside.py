@@ -18,7 +18,6 @@ import base64
 import json
 import logging
 import secrets
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +25,16 @@ from typing import Any, Final
 
 import trio
 
-from hpkvfs.control import MAX_LINE, decode_error, encode, short_path
+from hpkvfs.control import decode_error, encode, receive_line, short_path
 from hpkvfs.errors import HpkvError, Unreachable, UserError, VaultError
-from hpkvfs.mountpoint import BESIDE, mount_point, mounting
+from hpkvfs.mountpoint import BESIDE, STOP, mount_point, mounting
 from hpkvfs.timeline import SnapshotBackend, Timeline
 from hpkvfs.types import BlobRef, Missing
 from hpkvfs.volume.blob import Kind, Sealer
 from hpkvfs.volume.items import Clock, NameHash
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.volume.snapshots import Snapshot, decode_table, encode_tables
-from hpkvfs.volume.volume import MissingExtent, Volume
+from hpkvfs.volume.volume import Volume
 from hpkvfs.writeback import Writeback
 
 log = logging.getLogger(__name__)
@@ -90,7 +89,9 @@ class Lender:
                 stream = await trio.open_unix_socket(short)
             async with stream:
                 await stream.send_all(encode({"command": command, "arguments": arguments}))
-                answer = json.loads(await _line(stream))
+                line = bytearray()
+                await receive_line(stream, line)
+                answer = json.loads(line)
         except (OSError, ValueError, trio.BrokenResourceError) as error:
             log.debug("the control socket: %s", error)
             raise Unreachable(
@@ -100,16 +101,6 @@ class Lender:
             raise _as_it_was(decode_error(answer["error"]))
         result: dict[str, Any] = answer["result"]
         return result
-
-
-async def _line(stream: trio.SocketStream) -> bytes:
-    line = b""
-    while not line.endswith(b"\n") and len(line) <= MAX_LINE:
-        part = await stream.receive_some(65_536)
-        if not part:
-            break
-        line += part
-    return line
 
 
 def _as_it_was(error: HpkvError) -> HpkvError:
@@ -188,15 +179,7 @@ class Borrowed:
 
     def prefetch(self, refs: list[BlobRef]) -> None:
         """Fetch extents in the background."""
-        wanted = tuple(ref for ref in refs if not self.volume.has_extent(ref))
-        if wanted:
-            self._nursery.start_soon(self._prefetch, MissingExtent(wanted))
-
-    async def _prefetch(self, missing: Missing) -> None:
-        try:
-            await self.volume.load(missing)
-        except HpkvError as error:
-            log.debug("read-ahead: %s", error)
+        self.volume.prefetch(refs, self._nursery)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +211,7 @@ async def show(control: Path, keys: VaultKeys, clock: Clock, showing: Showing) -
     async with trio.open_nursery() as nursery:
 
         async def stop_when_told() -> None:
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            with trio.open_signal_receiver(*STOP) as signals:
                 await anext(signals)
             fuse.stop()
 

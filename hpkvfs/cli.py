@@ -405,9 +405,11 @@ def mount_(
         raise click.UsageError("a read-only mount takes nothing over")
     rules = keep.parse(policy) if policy else ()
     settings.password_fd = password_fd
-    beside = snapshot is not None and _is_mounted(settings)
-    if ready_fd is None and not beside:
-        _check_free(settings)
+    asks = ready_fd is None or snapshot is not None  # who started us has asked
+    status = _mounted_status(settings) if asks else None
+    beside = snapshot is not None and status is not None and not status.get("detached")
+    if ready_fd is None and status is not None and not beside:
+        raise _in_use(settings, status)
     if not foreground:
         flags = ["--publish-interval", str(publish_interval), "--durability", durability,
                  "--cache-size", str(cache_size), "--memory", str(memory),
@@ -450,30 +452,25 @@ def mount_(
     _mount_here(settings, directory, options, how, ready_fd)
 
 
-def _is_mounted(settings: Settings) -> bool:
-    """Whether a process has the vault mounted, and not only until programs let go of it."""
+def _mounted_status(settings: Settings) -> Result | None:
+    """What the process says that has the vault mounted; None if there is none."""
     connection = control.reach(settings.socket)
     if connection is None:
-        return False
+        return None
     with connection:
-        return not control.ask(connection, "status", {}).get("detached")
+        return control.ask(connection, "status", {})
 
 
-def _check_free(settings: Settings) -> None:
-    """AlreadyInUse when it is mounted; says where."""
-    connection = control.reach(settings.socket)
-    if connection is None:
-        return
-    with connection:
-        status = control.ask(connection, "status", {})
+def _in_use(settings: Settings, status: Result) -> AlreadyInUse:
+    """That it is mounted, and where."""
     if status.get("detached"):
-        raise AlreadyInUse(
+        return AlreadyInUse(
             f"the vault in {settings.path} was unmounted from {status['mounted']},"
             " but programs still have files of it open",
             "end them, or let go of it: hpkvfs umount --force",
         )
     shelf = status.get("snapshots_dir")
-    raise AlreadyInUse(
+    return AlreadyInUse(
         f"the vault in {settings.path} is mounted on {status['mounted']} already",
         f"unmount it there first; its snapshots are in {shelf}"
         if shelf
@@ -601,14 +598,10 @@ def _take_away_snapshot(directory: Path, force: bool) -> bool:
 
 
 def _check_mounted_on(settings: Settings, directory: Path) -> None:
-    connection = control.reach(settings.socket)
-    if connection is None:
-        return
-    with connection:
-        where = control.ask(connection, "status", {})["mounted"]
-    if where != str(directory):
+    status = _mounted_status(settings)
+    if status is not None and status["mounted"] != str(directory):
         raise UserError(
-            f"the vault in {settings.path} is mounted on {where}, not on {directory}",
+            f"the vault in {settings.path} is mounted on {status['mounted']}, not on {directory}",
             "name the other one's state directory with --state",
         )
 

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias
 import trio
 
 from hpkvfs import beside, buying, keep
-from hpkvfs.control import MAX_LINE, Progress, encode, encode_error, short_path
+from hpkvfs.control import Progress, encode, encode_error, receive_line, short_path
 from hpkvfs.errors import HpkvError, UserError, VaultError
 from hpkvfs.mend import mend
 from hpkvfs.restore import restore
@@ -338,14 +338,10 @@ async def _converse(stream: trio.SocketStream, commands: Commands) -> None:
 
 async def _line(stream: trio.SocketStream) -> bytes:
     """One request; less than a line when it is too long, too slow or breaks off."""
-    line = b""
+    line = bytearray()
     with trio.move_on_after(REQUEST_SECONDS):
-        while not line.endswith(b"\n") and len(line) <= MAX_LINE:
-            part = await stream.receive_some(65_536)
-            if not part:
-                break
-            line += part
-    return line
+        await receive_line(stream, line)
+    return bytes(line)
 
 
 async def _carry_out(

@@ -19,9 +19,12 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hpkvfs.errors import HpkvError, UserError
+
+if TYPE_CHECKING:
+    import trio
 
 MAX_LINE: Final = 1 << 20
 
@@ -45,6 +48,15 @@ def short_path(path: Path) -> Iterator[str]:
 def encode(message: dict[str, Any]) -> bytes:
     """One message as a line."""
     return json.dumps(message).encode() + b"\n"
+
+
+async def receive_line(stream: trio.SocketStream, line: bytearray) -> None:
+    """Receive a message into `line`: less than a line if it is too long or breaks off."""
+    while not line.endswith(b"\n") and len(line) <= MAX_LINE:
+        part = await stream.receive_some(65_536)
+        if not part:
+            break
+        line += part
 
 
 def encode_error(error: HpkvError) -> dict[str, Any]:

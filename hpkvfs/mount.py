@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -46,7 +45,7 @@ from hpkvfs.errors import (
 from hpkvfs.fs.backend import Backend
 from hpkvfs.fs.shelf import SNAPSHOTS_NAME
 from hpkvfs.keep import Policy
-from hpkvfs.mountpoint import check_detached, detaching, is_mounted, mount_point, mounting
+from hpkvfs.mountpoint import STOP, check_detached, detaching, is_mounted, mount_point, mounting
 from hpkvfs.net.proving import helpers_here
 from hpkvfs.net.transport import Way
 from hpkvfs.session import Options, Session, TakeOver, open_session
@@ -62,7 +61,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h; Python does not name it
-STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NEEDS_NO_TREE: Final = ("status", "balance", "redeem", "keepalive", *buying.COMMANDS)
 ENOUGH: Final = 200
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from hpkvfs.errors import UserError
 log = logging.getLogger(__name__)
 
 _ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
+STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""What ends a mount."""
 BESIDE: Final = "hpkvfs-snapshot"
 """What a snapshot that is mounted beside its vault says it is mounted from."""
 _MAKE_IT: Final = "make an empty directory to mount on"

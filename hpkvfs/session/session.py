@@ -40,7 +40,7 @@ from hpkvfs.volume.anchor import Anchor
 from hpkvfs.volume.gc import Collected
 from hpkvfs.volume.items import Clock, NameHash
 from hpkvfs.volume.keys import VaultKeys
-from hpkvfs.volume.volume import MissingExtent, Volume
+from hpkvfs.volume.volume import Volume
 from hpkvfs.wallet.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -144,17 +144,8 @@ class Session:
 
     def prefetch(self, refs: list[BlobRef]) -> None:
         """Fetch extents in the background; failures show when they are really read."""
-        wanted = [ref for ref in refs if not self.volume.has_extent(ref)]
-        if wanted and self._prefetches is not None:
-            self._prefetches.start_soon(self._prefetch, MissingExtent(tuple(wanted)))
-
-    async def _prefetch(self, missing: Missing) -> None:
-        try:
-            await self.volume.load(missing)
-        except HpkvError as error:
-            log.debug("read-ahead: %s", error)
-        except Exception:  # only a hint: the mount outlives it
-            log.exception("read-ahead failed")
+        if self._prefetches is not None:
+            self.volume.prefetch(refs, self._prefetches)
 
     def space(self) -> tuple[int, int]:
         """(blocks in use, blocks that the tokens can still store)."""

@@ -16,7 +16,7 @@ from typing import Generic, Protocol, TypeVar
 
 import trio
 
-from hpkvfs.errors import CorruptBlob
+from hpkvfs.errors import CorruptBlob, HpkvError
 from hpkvfs.parallel import each
 from hpkvfs.tree import btree
 from hpkvfs.tree.node import CorruptNode, Node
@@ -259,6 +259,20 @@ class Volume:
         self._cache.drop(ref)
         self._pages.pop(ref, None)
         self._tables.pop(ref, None)
+
+    def prefetch(self, refs: Iterable[BlobRef], nursery: trio.Nursery) -> None:
+        """Fetch extents in the background; failures show when they are really read."""
+        wanted = tuple(ref for ref in refs if not self.has_extent(ref))
+        if wanted:
+            nursery.start_soon(self._prefetch, MissingExtent(wanted))
+
+    async def _prefetch(self, missing: Missing) -> None:
+        try:
+            await self.load(missing)
+        except HpkvError as error:
+            log.debug("read-ahead: %s", error)
+        except Exception:  # only a hint: the mount outlives it
+            log.exception("read-ahead failed")
 
     async def load(self, missing: Missing) -> None:
         """Bring what is missing into memory, in parallel; StoreError or CorruptBlob."""

@@ -1,23 +1,14 @@
-"""The command `hpkvd`, also as `python -m hpkvd`.
-
-Until all that it needs at once is imported, an interrupt ends it as it ends any program: Python
-would show where among the imports it was.
-"""
+"""The command `hpkvd`, also as `python -m hpkvd`."""
 
 from __future__ import annotations
 
-import signal
+from hpkvfs.entry import importing
 
 
 def main() -> None:
     """Run it."""
-    caught = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored
-    if caught:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from hpkvd.cli import main as command
-
-    if caught:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with importing():
+        from hpkvd.cli import main as command
     command(prog_name="hpkvd")
 
 
