@@ -7,12 +7,19 @@ after each answer the descriptor is polled for a moment, and only when nothing c
 task wait as trio would have it. pyfuse3 lets its event loop be replaced (that is how it runs
 under asyncio); `Trio` here is trio, but for these two calls.
 
-Invariant: nobody starves. After HOLD seconds without a turn of trio's loop one is taken, and
-waiting here (at most LINGER) happens only when trio has nothing else to do that was due.
+It is polled awake. A program that makes one request after another takes turns with us, and if
+both sleep in turn, each request wakes two processors; in a virtual machine that takes longer than
+most answers (docs/performance.md). The processor is offered to others all the while.
+
+Invariant: nobody starves. After HOLD seconds without a turn of trio's loop one is taken. The
+polling ends after LINGER or when somebody else wants the processor, and does not begin while an
+answer waits for something (a disk, the network), or when it was in vain MISSES times in a row,
+until a request comes that soon again.
 """
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from collections import deque
@@ -22,7 +29,26 @@ from typing import Any, Final
 import trio
 
 HOLD: Final = 0.002
-LINGER: Final = 0.000_1
+LINGER: Final = 0.000_2
+MISSES: Final = 8
+ELSEWHERE: Final = 0.000_5
+"""Seconds; who gives the processor away for longer is not alone on it."""
+
+
+class Pending:
+    """`with pending:` around what an answer waits for."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __bool__(self) -> bool:
+        return self._count > 0
+
+    def __enter__(self) -> None:
+        self._count += 1
+
+    def __exit__(self, *args: object) -> None:
+        self._count -= 1
 
 
 class Lock:
@@ -60,9 +86,11 @@ class Lock:
 class _LowLevel:
     """trio.lowlevel, with another wait_readable."""
 
-    def __init__(self, settle: Callable[[], None]) -> None:
+    def __init__(self, settle: Callable[[], None], pending: Pending) -> None:
         self._last_turn = 0.0
+        self._misses = 0
         self._settle = settle
+        self._pending = pending
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
@@ -70,12 +98,32 @@ class _LowLevel:
     async def wait_readable(self, fd: int) -> None:
         """Return when there is something to read; ClosedResourceError when it is closed."""
         self._settle()
-        now = time.monotonic()
-        if now - self._last_turn < HOLD and select.select((fd,), (), (), LINGER)[0]:
+        start = time.monotonic()
+        polled = self._misses < MISSES and not self._pending
+        if polled and await self._poll(fd, start):
+            self._misses = 0
             return
-        self._last_turn = now
         await trio.lowlevel.wait_readable(fd)
         self._last_turn = time.monotonic()
+        if self._last_turn - start < LINGER:
+            self._misses = 0
+        elif polled:
+            self._misses += 1
+
+    async def _poll(self, fd: int, now: float) -> bool:
+        """Whether something came in time."""
+        end = now + LINGER
+        while now < end:
+            if now - self._last_turn >= HOLD:
+                await trio.lowlevel.checkpoint()
+                self._last_turn = now = time.monotonic()
+            if select.select((fd,), (), (), 0)[0]:
+                return True
+            os.sched_yield()
+            before, now = now, time.monotonic()
+            if now - before >= ELSEWHERE:
+                return False
+        return False
 
 
 class Trio:
@@ -83,8 +131,8 @@ class Trio:
 
     Lock = Lock
 
-    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
-        self.lowlevel = _LowLevel(settle)
+    def __init__(self, pending: Pending, settle: Callable[[], None] = lambda: None) -> None:
+        self.lowlevel = _LowLevel(settle, pending)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio, name)

@@ -24,7 +24,7 @@ import pyfuse3
 import trio
 
 from hpkvfs import handshake
-from hpkvfs.eager import Trio
+from hpkvfs.eager import Pending, Trio
 from hpkvfs.errors import DiskFull, EmptyWallet, HpkvError, Unreachable
 from hpkvfs.fs import acl
 from hpkvfs.fs.backend import Backend, run
@@ -68,8 +68,11 @@ class Adapter(pyfuse3.Operations):
     enable_writeback_cache = True
     enable_acl = True
 
-    def __init__(self, backend: Backend, follows: bool, writeback: Writeback) -> None:
+    def __init__(
+        self, backend: Backend, follows: bool, writeback: Writeback, pending: Pending
+    ) -> None:
         super().__init__()
+        self._pending = pending
         self._backend = backend
         self._writeback = writeback
         self._follows = follows
@@ -96,7 +99,8 @@ class Adapter(pyfuse3.Operations):
 
     async def _do_with_loading(self, operation: Callable[..., T], *args: Any) -> T:
         try:
-            return await run(self._backend, lambda: operation(*args))
+            with self._pending:
+                return await run(self._backend, lambda: operation(*args))
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         except Exception as error:
@@ -104,7 +108,8 @@ class Adapter(pyfuse3.Operations):
 
     async def _wait(self, waiting: Callable[..., Any], *args: Any) -> None:
         try:
-            await waiting(*args)
+            with self._pending:
+                await waiting(*args)
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         except HpkvError as error:
@@ -463,9 +468,10 @@ async def serve(
     shake = handshake.mounted(mountpoint, options)
     try:
         # as pyfuse3.asyncio does
-        vars(pyfuse3)["trio"] = Trio() if shake is None else Trio(shake.settle)
+        pending = Pending()
+        vars(pyfuse3)["trio"] = Trio(pending) if shake is None else Trio(pending, shake.settle)
         where = mountpoint if shake is None else shake.path
-        pyfuse3.init(Adapter(backend, follows, writeback), where, options)
+        pyfuse3.init(Adapter(backend, follows, writeback, pending), where, options)
         try:
             ready()
             await pyfuse3.main()
