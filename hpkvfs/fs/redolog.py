@@ -78,6 +78,7 @@ class RedoLog:
         self._rng = rng
         self._fd: int | None = None
         self._retired: dict[int, int] = {}
+        self._safe: set[int] = set()  # of those, on the disk
         self._ciphers: dict[int, ChaCha20Poly1305] = {}
         self._again: tuple[Record | None, list[Effect]] = None, []
         self._records = 0
@@ -171,7 +172,9 @@ class RedoLog:
 
     def syncer(self) -> Callable[[], None]:
         """A function that returns when all appended so far is on the disk; a thread may run it."""
-        fds = [os.dup(fd) for fd in (*self._retired.values(), self._fd) if fd is not None]
+        retired = self._retired.keys() - self._safe
+        current = [] if self._fd is None else [self._fd]
+        fds = [os.dup(fd) for fd in (*(self._retired[n] for n in sorted(retired)), *current)]
 
         def sync() -> None:
             try:
@@ -180,6 +183,7 @@ class RedoLog:
             finally:
                 for fd in fds:
                     os.close(fd)
+            self._safe |= retired
 
         return sync
 
@@ -198,6 +202,7 @@ class RedoLog:
         self._again = None, []
         for number in [n for n in self._retired if n <= covered]:
             os.close(self._retired.pop(number))
+            self._safe.discard(number)
             self._ciphers.pop(number, None)
         for number in self._files():
             if number <= covered:

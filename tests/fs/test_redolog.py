@@ -93,6 +93,14 @@ def test_what_an_earlier_process_wrote_is_synced_with_the_rest(
     )
     log.syncer()()
     assert synced == ["redo.1", "redo.2"]
+    synced.clear()
+    log.append([Gone(4)])
+    log.syncer()()
+    assert synced == ["redo.2"]  # nothing is added to the other any more
+    log.rotate()
+    log.syncer()()
+    log.syncer()()
+    assert synced == ["redo.2", "redo.2"]
     log.drop(2)
     log.close()
     assert list(tmp_path.iterdir()) == []
