@@ -107,7 +107,7 @@ def test_the_password_is_asked_for_where_memory_is_guarded(
 ) -> None:
     """Also by the process that only starts the one that mounts."""
     order: list[str] = []
-    monkeypatch.setattr("hpkvfs.cli.guard_memory", lambda: order.append("guard"))
+    monkeypatch.setattr("hpkvfs.mounting.guard_memory", lambda: order.append("guard"))
     monkeypatch.setattr(Settings, "password", lambda *_: order.append("password"))
     monkeypatch.setattr(background, "start", lambda *_: order.append("start"))
     hpkvfs("mount", vault)
@@ -366,8 +366,8 @@ def test_spread_reaches_the_mount_also_in_the_background(
     def background(settings: Settings, directory: Path, flags: list[str]) -> None:
         hpkvfs("mount", "--foreground", *flags, directory)
 
-    monkeypatch.setattr("hpkvfs.cli._mount_here", here)
-    monkeypatch.setattr("hpkvfs.cli._mount_in_background", background)
+    monkeypatch.setattr("hpkvfs.mounting._mount_here", here)
+    monkeypatch.setattr("hpkvfs.mounting._mount_in_background", background)
     hpkvfs("mount", "--spread", "10m", tmp_path)
     hpkvfs("mount", tmp_path)
     assert seen == [600.0, 0.0]
