@@ -129,6 +129,10 @@ class _Nothing:
         """None."""
         return None
 
+    def payload(self, ref: BlobRef, kind: bytes) -> bytes | None:
+        """None."""
+        return None
+
     def __contains__(self, ref: BlobRef) -> bool:
         return False
 

@@ -103,11 +103,6 @@ class Totals:
 class Base(Below, Protocol):
     """The published tree, and names in it that are not listed."""
 
-    @property
-    def state(self) -> object:
-        """Another object when something in the tree is another than before."""
-        ...
-
     def hidden(self, parent: int, name: bytes) -> Dirent | None:
         """The entry of a name that is there and not listed."""
         ...
@@ -325,6 +320,11 @@ class Filesystem:
 
     def getattr(self, ino: int) -> Inode:
         """The inode; ENOENT."""
+        inode, atime = self._inode(ino), self._accesses.get(ino)
+        return inode if atime is None else inode._replace(atime=atime)
+
+    def _inode(self, ino: int) -> Inode:
+        """As getattr, but for accesses that only memory knows of."""
         memo = self._memo.at(self._below.state)
         inode = memo.inodes.get(ino)
         if inode is None:
@@ -333,8 +333,7 @@ class Filesystem:
                 raise fail(errno.ENOENT)
             inode = memo.inodes[ino] = Inode.decode(ino, raw)
             memo.trim()
-        atime = self._accesses.get(ino)
-        return inode if atime is None else inode._replace(atime=atime)
+        return inode
 
     def accessed(self, ino: int) -> None:
         """Somebody read it: note the time, as relatime does, but only in memory; Missing.
@@ -342,8 +341,9 @@ class Filesystem:
         It joins the inode when that changes for another reason (lazytime): reading must not
         cost tokens.
         """
-        inode, now = self.getattr(ino), self._clock()
-        if inode.atime <= max(inode.mtime, inode.ctime) or now - inode.atime >= RELATIME:
+        inode, now = self._inode(ino), self._clock()
+        atime = self._accesses.get(ino, inode.atime)
+        if atime <= inode.mtime or atime <= inode.ctime or now - atime >= RELATIME:
             if len(self._accesses) >= MOST_ACCESSES:
                 self._accesses.pop(next(iter(self._accesses)))
             self._accesses[ino] = now
@@ -719,13 +719,12 @@ class Filesystem:
 
     def read(self, ino: int, offset: int, size: int) -> bytes:
         """At most `size` bytes from an offset, fewer at the end of the file; Missing."""
-        inode = self.getattr(ino)
-        size = min(size, inode.size - offset)
+        size = min(size, self._inode(ino).size - offset)
         if size <= 0:
             return b""
         first, start = divmod(offset, BLOCK)
         numbers = range(first, _blocks(offset + size))
-        blocks = self._view.blocks((ino, number) for number in numbers)
+        blocks = self._view.read(ino, numbers)
         if len(blocks) == 1:
             return blocks[0][start : start + size].ljust(size, b"\0")
         whole = b"".join(block.ljust(BLOCK, b"\0") for block in blocks)

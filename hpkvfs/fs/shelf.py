@@ -22,7 +22,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from hpkvfs.fs.layer import Effect, Record
@@ -51,8 +51,8 @@ class Tree(Protocol):
     """What the shelf needs of the volume; every method may raise types.Missing."""
 
     @property
-    def known(self) -> object:
-        """The newest generation; another object when it is another one."""
+    def state(self) -> object:
+        """Another object when it is another generation that is known."""
         ...
 
     def get(self, key: bytes) -> bytes | None:
@@ -73,6 +73,10 @@ class Tree(Protocol):
 
     def extent(self, ref: BlobRef) -> bytes:
         """An extent's payload."""
+        ...
+
+    def extents(self, refs: Sequence[BlobRef]) -> list[bytes]:
+        """Several extents' payloads."""
         ...
 
     def snapshots(self) -> list[Snapshot]:
@@ -96,7 +100,7 @@ class Shelf:
     @property
     def state(self) -> object:
         """Another object when something in the tree is another than before."""
-        return self._tree.known
+        return self._tree.state
 
     def get(self, key: bytes) -> bytes | None:
         """An item's value; Missing."""
@@ -117,6 +121,10 @@ class Shelf:
     def extent(self, ref: BlobRef) -> bytes:
         """An extent's payload; Missing."""
         return self._tree.extent(ref)
+
+    def extents(self, refs: Sequence[BlobRef]) -> list[bytes]:
+        """Several extents' payloads; Missing, of all."""
+        return self._tree.extents(refs)
 
     def hidden(self, parent: int, name: bytes) -> Dirent | None:
         """The entry of a name that is there and not listed."""

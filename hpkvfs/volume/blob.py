@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -50,7 +51,8 @@ class Kind(Enum):
     TABLE = b"hpkvfs/snapshots/v1"
 
 
-_CODES: dict[Kind, bytes] = {kind: bytes([code]) for code, kind in enumerate(Kind)}
+CODES: Final = {kind: bytes([code]) for code, kind in enumerate(Kind)}
+"""The first byte of an opened blob."""
 _KINDS = list(Kind)
 
 
@@ -65,7 +67,7 @@ class Opened:
 
     def encode(self) -> bytes:
         """16,450 secret bytes: u8 kind, point, key, payload."""
-        return b"".join((_CODES[self.kind], self.point, self.key, self.payload))
+        return b"".join((CODES[self.kind], self.point, self.key, self.payload))
 
     @classmethod
     def decode(cls, raw: bytes) -> Opened:
@@ -74,11 +76,6 @@ class Opened:
             raise ValueError("not an opened blob")
         point, key = raw[1 : 1 + _POINT], raw[1 + _POINT : _PAYLOAD_AT]
         return cls(_KINDS[raw[0]], point, key, raw[_PAYLOAD_AT:])
-
-
-def payload_of(opened: bytes, kind: Kind) -> bytes | None:
-    """Opened.decode(opened).payload, if it is of this kind."""
-    return opened[_PAYLOAD_AT:] if opened[:1] == _CODES[kind] else None
 
 
 class Sealer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -23,7 +23,7 @@ from hpkvfs.tree.node import CorruptNode, Node
 from hpkvfs.types import PAYLOAD_SIZE, BlobId, BlobRef, BlobStore, Generation, Missing, anchor_id
 from hpkvfs.volume.ahead import Ahead
 from hpkvfs.volume.anchor import Anchor
-from hpkvfs.volume.blob import Kind, Opened, Sealer, payload_of
+from hpkvfs.volume.blob import CODES, Kind, Opened, Sealer
 from hpkvfs.volume.deadlist import Dead, DeadList, read_page
 from hpkvfs.volume.keys import VaultKeys
 from hpkvfs.volume.snapshots import Snapshot, decode_table
@@ -70,6 +70,10 @@ class Cache(Protocol):
 
     def get(self, ref: BlobRef) -> bytes | None:
         """The opened blob (volume/blob.py), or None."""
+        ...
+
+    def payload(self, ref: BlobRef, kind: bytes) -> bytes | None:
+        """The payload of an opened blob that begins with this byte, or None."""
         ...
 
     def __contains__(self, ref: BlobRef) -> bool:
@@ -142,6 +146,11 @@ class Volume:
         self._slots = trio.CapacityLimiter(FETCHES_AT_ONCE)
 
     @property
+    def state(self) -> object:
+        """Another object when it is another generation that is known."""
+        return self.known
+
+    @property
     def root(self) -> BlobRef | None:
         """The root of the newest known tree; None when it is empty."""
         return self.known.anchor.root if self.known else None
@@ -206,14 +215,29 @@ class Volume:
             self._extents.put(ref, payload)
         return payload
 
+    def extents(self, refs: Sequence[BlobRef]) -> list[bytes]:
+        """Several extents; MissingExtent of all that are not on this machine.
+
+        Those of the local cache do not stay in memory: whoever reads so much keeps it.
+        """
+        found, missing = [], []
+        for ref in refs:
+            payload = self._extents.get(ref) or self._kept(ref, Kind.EXTENT)
+            if payload is None:
+                missing.append(ref)
+            else:
+                found.append(payload)
+        if missing:
+            raise MissingExtent(tuple(missing))
+        return found
+
     def has_extent(self, ref: BlobRef) -> bool:
         """Whether an extent is on this machine or being fetched."""
         return self._extents.get(ref) is not None or ref in self._loading or ref in self._cache
 
     def _kept(self, ref: BlobRef, kind: Kind) -> bytes | None:
         """The payload of a blob in the local cache."""
-        opened = self._cache.get(ref)
-        return None if opened is None else payload_of(opened, kind)
+        return self._cache.payload(ref, CODES[kind])
 
     def entries(self, dead: DeadList) -> tuple[list[Dead], list[BlobRef]]:
         """Every blob on a dead list, and every page of the list; MissingPage."""

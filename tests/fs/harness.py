@@ -20,7 +20,7 @@ from hpkvfs.volume import fsck, gc
 from hpkvfs.volume.blob import Sealer
 from hpkvfs.volume.items import BLOCK, NameHash
 from hpkvfs.volume.keys import VaultKeys
-from hpkvfs.volume.volume import Known, Volume
+from hpkvfs.volume.volume import Cache, Known, Volume
 from tests.doubles import MemoryStore
 
 T = TypeVar("T")
@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 class NoCache:
     """A cache that forgets at once, so that every read reaches the store."""
+
+    def payload(self, ref: BlobRef, kind: bytes) -> bytes | None:
+        return None
 
     def __contains__(self, ref: BlobRef) -> bool:
         return False
@@ -49,6 +52,7 @@ class Machine:
         self.directory = directory
         self.store = store or MemoryStore()
         self.keys = VaultKeys(hashlib.sha256(b"a vault").digest())
+        self.cache: Cache = NoCache()
         self.known: Known | None = None
         self._random = random.Random(seed)
         self.time = 10**18
@@ -71,7 +75,7 @@ class Client:
         self.machine = machine
         self.log = RedoLog(machine.directory, machine.keys.secret("redo"), machine.rng)
         sealer = Sealer(machine.keys, machine.rng)
-        self.volume = Volume(machine.keys, sealer, machine.store, NoCache(), machine.known)
+        self.volume = Volume(machine.keys, sealer, machine.store, machine.cache, machine.known)
         names = NameHash(machine.keys.secret("names"))
         self.shelf = Shelf(self.volume, names)
         # memory for three blocks only, so that those of most files are left to the log

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpkvfs.cache import SLOT_SIZE, BlobCache
-from hpkvfs.types import OPENED_SIZE, BlobId, BlobRef
+from hpkvfs.types import OPENED_SIZE, PAYLOAD_SIZE, BlobId, BlobRef
 from tests.examples import examples
 
 KEY = bytes(range(32))
@@ -33,6 +33,38 @@ def room(blobs: int) -> int:
 
 def opened(path: Path, blobs: int = 4, key: bytes = KEY) -> BlobCache:
     return BlobCache(path, key, room(blobs))
+
+
+def payload(cache: BlobCache, number: int) -> bytes | None:
+    return cache.payload(ref(number), blob(number)[:1])
+
+
+@pytest.mark.parametrize("aes", [True, False])
+def test_a_payload_alone_is_that_of_the_blob_and_of_its_kind(tmp_path: Path, aes: bool) -> None:
+    cache = BlobCache(tmp_path / "cache", KEY, room(4), aes=aes)
+    cache.put(ref(1), blob(1))
+    assert cache.get(ref(1)) == blob(1)
+    assert payload(cache, 1) == blob(1)[-PAYLOAD_SIZE:]
+    assert payload(cache, 2) is None
+    other = bytes([blob(1)[0] ^ 1])
+    assert cache.payload(ref(1), other) is None, "a blob was read as one of another kind"
+
+
+def test_a_payload_that_was_damaged_is_not_there(tmp_path: Path) -> None:
+    cache = opened(tmp_path / "cache")
+    cache.put(ref(1), blob(1))
+    with (tmp_path / "cache").open("r+b") as file:
+        file.seek(-20_000, os.SEEK_END)
+        file.write(bytes(8_000))
+    assert payload(cache, 1) is None and ref(1) not in cache
+
+
+def test_a_file_of_another_cipher_starts_afresh(tmp_path: Path) -> None:
+    for aes in (True, False, True):
+        cache = BlobCache(tmp_path / "cache", KEY, room(4), aes=aes)
+        assert len(cache) == 0 and cache.get(ref(1)) is None
+        cache.put(ref(1), blob(1))
+        cache.close()
 
 
 def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -74,9 +106,12 @@ def test_the_file_tells_nothing(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("at", [room(0) + 16, room(0) + 4 * 16, room(0) + 4 * 16 + 9_000])
+FIRST_SLOT = room(0) + 4 * 16
+
+
+@pytest.mark.parametrize("at", [room(0) + 16, FIRST_SLOT, FIRST_SLOT + 9_000, FIRST_SLOT + 16_450])
 def test_damage_is_absence(tmp_path: Path, at: int) -> None:
-    """A bit of a name, of a nonce, of a blob."""
+    """A bit of a name, of a nonce, of a payload, of what makes the blob again."""
     path = tmp_path / "cache"
     cache = opened(path)
     for number in range(4):
@@ -99,9 +134,9 @@ def test_slots_cannot_be_moved(tmp_path: Path) -> None:
     cache.put(ref(1), blob(1))
     cache.put(ref(2), blob(2))
     raw = path.read_bytes()
-    names, first, second = raw[4096:4128], raw[4128 : 4128 + 16_478], raw[4128 + 16_478 :]
+    names, first, second = raw[4096:4128], raw[4128 : 4128 + 16_494], raw[4128 + 16_494 :]
     path.write_bytes(raw[:4096] + names + second + first)
-    assert cache.get(ref(1)) is None and cache.get(ref(2)) is None
+    assert payload(cache, 1) is None and cache.get(ref(2)) is None
 
 
 @pytest.mark.parametrize("size", [0, 10, 4_100, 5_000, 30_000])

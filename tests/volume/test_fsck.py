@@ -13,7 +13,7 @@ import pytest
 from hpkvfs.fs.layer import Effect, Put, Usage
 from hpkvfs.mend import DAMAGED, mend
 from hpkvfs.session import Session
-from hpkvfs.types import BlobRef, Missing
+from hpkvfs.types import PAYLOAD_SIZE, BlobRef, Missing
 from hpkvfs.volume import fsck, gc
 from hpkvfs.volume.fsck import Report
 from hpkvfs.volume.items import ROOT_INO, Dirent, Inode, ItemKind, key
@@ -34,6 +34,10 @@ class Keeping:
 
     def get(self, ref: BlobRef) -> bytes | None:
         return self.blobs.get(ref)
+
+    def payload(self, ref: BlobRef, kind: bytes) -> bytes | None:
+        blob = self.blobs.get(ref)
+        return blob[-PAYLOAD_SIZE:] if blob and blob[:1] == kind else None
 
     def put(self, ref: BlobRef, blob: bytes) -> None:
         self.blobs[ref] = blob

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hpkvfs.errors import CorruptBlob, UserError
 from hpkvfs.protocol.group import SigningKey
 from hpkvfs.types import ANCHOR_BIT, BLOB_SIZE, PAYLOAD_SIZE, BlobId, BlobRef
-from hpkvfs.volume.blob import Kind, Opened, Sealer, payload_of
+from hpkvfs.volume.blob import CODES, Kind, Opened, Sealer
 from hpkvfs.volume.keys import VaultKeys, check_words, make_words
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "format.json").read_text())
@@ -142,9 +142,7 @@ def test_what_is_kept_of_a_blob_makes_the_very_same_again(kind: Kind) -> None:
     for kept in (sealed, other.unseal(ref, kind, blob)):
         raw = kept.encode()
         assert other.again(BlobId(7), Opened.decode(raw)) == blob
-        assert [payload_of(raw, one) for one in Kind] == [
-            PAYLOAD if one is kind else None for one in Kind
-        ]
+        assert raw.startswith(CODES[kind]) and raw.endswith(PAYLOAD)
         assert kept.key.hex() not in repr(kept) and repr(kept.key) not in repr(kept)
 
 
