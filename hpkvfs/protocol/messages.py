@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, ClassVar, Final, TypeAlias
 
 from hpkvfs.protocol import codec, identity
@@ -93,7 +94,7 @@ def open_entry_digest(key: bytes, entry: bytes) -> bytes:
     return tagged_hash("hpkv/entry/open/v1", key + entry)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: a digest is kept once it was computed
 class _Request:
     operation: ClassVar[Operation]
     _read: ClassVar[codec.Reader[tuple[Any, ...]]]
@@ -211,7 +212,7 @@ class InsertRequest(_Request):
     blob: bytes = field(repr=False)
     credentials: bytes = field(default=b"", repr=False)
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the blob."""
         return hashlib.sha256(self.blob).digest()
@@ -265,7 +266,7 @@ class StoreEntryRequest(_Request):
     signature: bytes = b""
     credentials: bytes = field(default=b"", repr=False)
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the value: the 32 bytes by which opening names this entry."""
         return hashlib.sha256(self.value).digest()

@@ -172,10 +172,11 @@ class Handler:
         credentials: CredentialRequest,
     ) -> Reply:
         fingerprint, change = request.fingerprint, self._change(request, epoch.tariff)
-        known = await self._ledger.recall(fingerprint, credentials.serials)
-        if known is not None:
-            return await self._recalled(request, fingerprint, known)
-        reason = await self._ledger.refusal(change) or _signature_refusal(request)
+        serials = credentials.serials
+        foreseen = await self._ledger.foresee(fingerprint, serials, change)
+        if isinstance(foreseen, Known):
+            return await self._recalled(request, fingerprint, foreseen)
+        reason = foreseen or _signature_refusal(request)
         if reason is not None:
             return Refused(reason)
         statement = request.statement(epoch.tariff)
@@ -189,7 +190,7 @@ class Handler:
             epoch=epoch.number,
             operation=request.operation,
             delta=statement.delta,
-            serials=credentials.serials,
+            serials=serials,
             issued=issued,
             change=change,
             into=into.number,
@@ -206,8 +207,8 @@ class Handler:
         for as long as the epoch lasts that it was moved into."""
         if isinstance(request, ReissueRequest) and request.into and epochs.find(request.into):
             fingerprint = request.fingerprint
-            known = await self._ledger.recall(fingerprint, ())
-            if known is not None:
+            known = await self._ledger.foresee(fingerprint, ())
+            if isinstance(known, Known):
                 return await self._recalled(request, fingerprint, known)
         return Refused(_epoch_refusal(epochs, request.epoch))
 

@@ -80,6 +80,11 @@ def transaction(what: str, change: Change, *serials: str, into: int = 0) -> Tran
     )
 
 
+async def refusal(ledger: Engine, change: Change) -> object:
+    """Why a request that nothing is known of would be refused."""
+    return await ledger.foresee(name("unheard of"), (), change)
+
+
 def sale() -> Transaction:
     return transaction("sale", Redeem(VOUCHER.digest, VOUCHER.amount))
 

@@ -357,7 +357,7 @@ class Failing:
 
     def __init__(self, server: LocalServer, error: Exception) -> None:
         self._ledger, self._error = server.ledger, error
-        self.recall, self.refusal = server.ledger.recall, server.ledger.refusal
+        self.foresee = server.ledger.foresee
         self.read = server.ledger.read
 
     async def apply(self, transaction: Transaction) -> Verdict:

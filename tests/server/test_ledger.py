@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
@@ -52,6 +53,7 @@ from tests.server.ledgers import (
     opened,
     opening,
     outcome,
+    refusal,
     sale,
     transaction,
 )
@@ -108,7 +110,7 @@ async def test_a_repeated_transaction_is_recalled_and_changes_nothing(
     assert isinstance(again, Known)
     (stored,) = again.facts
     assert (stored.fingerprint, stored.fact, stored.issued) == (name("a"), done.fact, done.issued)
-    assert await funded.recall(first.fingerprint, first.serials) == again
+    assert await funded.foresee(first.fingerprint, first.serials) == again
     assert funded.totals() == before
 
 
@@ -122,7 +124,7 @@ async def test_serials_of_two_requests_recall_both(funded: Engine) -> None:
     assert isinstance(one, Known)
     assert [stored.fingerprint for stored in one.facts] == [name("a")]
     assert await funded.read(key("x")) is None
-    assert await funded.recall(name("e"), [b"\3" + name("fresh"), b"\3" + name("other")]) is None
+    assert await funded.foresee(name("e"), [b"\3" + name("fresh"), b"\3" + name("other")]) is None
 
 
 REFUSALS: list[tuple[Change, Reason]] = [
@@ -142,10 +144,10 @@ async def test_a_refused_transaction_spends_nothing(
     funded.add_vouchers([Voucher(5, b"u" * 20)])
     await funded.apply(transaction("a", insert("x"), "s1", "s2"))
     before = funded.totals()
-    assert await funded.refusal(change) is reason
+    assert await refusal(funded, change) is reason
     refused = transaction("refused", change, "s3", "s4")
     assert outcome(await funded.apply(refused)) is reason
-    assert await funded.recall(refused.fingerprint, refused.serials) is None
+    assert await funded.foresee(refused.fingerprint, refused.serials) is None
     assert funded.totals() == before
     assert isinstance(await funded.apply(transaction("b", None, "s3", "s4")), Done)
 
@@ -200,7 +202,7 @@ async def test_a_counter_that_does_not_grow_is_refused(funded: Engine, counter: 
     await funded.apply(transaction("a", entry("new", 2), "s1", "s2"))
     before = funded.totals()
     late = entry("old", counter)
-    assert await funded.refusal(late) is Reason.OLD_COUNTER
+    assert await refusal(funded, late) is Reason.OLD_COUNTER
     assert outcome(await funded.apply(transaction("b", late, "s3", "s4"))) is Reason.OLD_COUNTER
     assert funded.totals() == before
 
@@ -245,13 +247,32 @@ async def test_of_insertions_under_one_key_one_is_performed(funded: Engine) -> N
     assert sorted(outcomes) == [Outcome.INSERTED] + [Reason.KEY_EXISTS] * 9
 
 
+async def test_what_comes_together_happens_in_the_order_in_which_it_came(funded: Engine) -> None:
+    """All but the first wait while that is written, and then share a batch."""
+    await funded.apply(transaction("a", insert("x"), "s1", "s2"))
+    changes = [insert("y"), delete("x"), insert("x"), delete("x"), insert("x"), delete("y")]
+    verdicts: dict[int, Verdict] = {}
+
+    async def apply(number: int, change: Change) -> None:
+        one = transaction(f"r{number}", change, f"t{number}", f"u{number}")
+        verdicts[number] = await funded.apply(one)
+
+    async with trio.open_nursery() as nursery:
+        for number, change in enumerate(changes):
+            nursery.start_soon(apply, number, change)
+            await trio.testing.wait_all_tasks_blocked()
+    assert all(isinstance(verdict, Done) for verdict in verdicts.values())
+    assert await funded.read(key("x")) == blob("x")
+    assert await funded.read(key("y")) is None
+
+
 async def test_a_caller_who_gives_up_is_served_all_the_same(funded: Engine) -> None:
     one = transaction("a", insert("x"), "s1", "s2")
     with trio.CancelScope() as scope:
         scope.cancel()
         await funded.apply(one)
     with trio.fail_after(60):
-        while await funded.recall(one.fingerprint, one.serials) is None:
+        while await funded.foresee(one.fingerprint, one.serials) is None:
             await trio.sleep(0.001)
     assert await funded.read(key("x")) == blob("x")
 
@@ -365,14 +386,14 @@ async def _model(url: str, steps: list[tuple[str, Change, str, bool]]) -> None:
 async def test_a_store_that_is_full_refuses_growth_and_still_reads_and_deletes(url: str) -> None:
     async with opened(url, max_blobs=1) as ledger:
         await fund(ledger)
-        assert await ledger.refusal(insert("x")) is None
+        assert await refusal(ledger, insert("x")) is None
         await ledger.apply(transaction("a", insert("x"), "s1", "s2"))
         with trio.fail_after(60):  # a count may be a second old
-            while await ledger.refusal(insert("y")) is None:
+            while await refusal(ledger, insert("y")) is None:
                 await trio.sleep(0.05)
-        assert await ledger.refusal(insert("y")) is Reason.FULL
-        assert await ledger.refusal(entry("y", 1)) is Reason.FULL
-        assert await ledger.refusal(delete("x")) is None
+        assert await refusal(ledger, insert("y")) is Reason.FULL
+        assert await refusal(ledger, entry("y", 1)) is Reason.FULL
+        assert await refusal(ledger, delete("x")) is None
         assert isinstance(await ledger.apply(transaction("b", delete("x"), "s3", "s4")), Done)
 
 
@@ -411,13 +432,13 @@ async def test_a_move_is_kept_as_long_as_where_it_went(funded: Engine) -> None:
     with trio.fail_after(60):
         while funded.totals().requests != before.requests - 1:  # the sale is of epoch 1
             await trio.sleep(0.01)
-    assert isinstance(await funded.recall(move.fingerprint, ()), Known)
+    assert isinstance(await funded.foresee(move.fingerprint, ()), Known)
     await funded.retire(3)
     assert outcome(await funded.apply(move)) is Reason.EPOCH_ENDED
     with trio.fail_after(60):
         while funded.totals().requests:
             await trio.sleep(0.01)
-    assert await funded.recall(move.fingerprint, ()) is None
+    assert await funded.foresee(move.fingerprint, ()) is None
 
 
 def _totals(**counts: int) -> Totals:

@@ -15,7 +15,17 @@ import trio
 from hpkvd.ledger import LedgerBusy, LedgerError, LedgerFull, Read, StoredEntry
 from hpkvd.ledger.sqlite import SCHEMA_VERSION, SqliteLedger
 from hpkvfs.protocol.messages import Done, Reason
-from tests.server.ledgers import blob, delete, entry, fund, insert, key, opened, transaction
+from tests.server.ledgers import (
+    blob,
+    delete,
+    entry,
+    fund,
+    insert,
+    key,
+    opened,
+    refusal,
+    transaction,
+)
 
 
 @pytest.fixture
@@ -119,7 +129,7 @@ async def test_a_full_disk_spends_nothing_and_leaves_reading_alone(funded: Sqlit
     with pytest.raises(LedgerFull):
         await funded.apply(one)
     assert funded.totals() == before
-    assert await funded.recall(one.fingerprint, one.serials) is None
+    assert await funded.foresee(one.fingerprint, one.serials) is None
     assert await funded.read(key("x")) == blob("x")
     funded._write.execute(f"PRAGMA max_page_count = {pages * 10}")
     assert isinstance(await funded.apply(one), Done)
@@ -145,15 +155,15 @@ async def test_a_commit_that_fails_spends_nothing(funded: SqliteLedger, path: Pa
             await funded.apply(one)
         assert funded.totals() == before
         assert await funded.read(key("x")) == blob("x")
-        assert await funded.recall(one.fingerprint, one.serials) is None
+        assert await funded.foresee(one.fingerprint, one.serials) is None
     assert isinstance(await funded.apply(one), Done)
 
 
 async def test_insertions_leave_the_last_of_the_disk_to_the_others(path: Path) -> None:
     ledger = SqliteLedger(path, reserve=2**62)
-    assert await ledger.refusal(insert("x")) is Reason.FULL
-    assert await ledger.refusal(entry("x", 1)) is Reason.FULL
-    assert await ledger.refusal(Read(key("x"))) is None
+    assert await refusal(ledger, insert("x")) is Reason.FULL
+    assert await refusal(ledger, entry("x", 1)) is Reason.FULL
+    assert await refusal(ledger, Read(key("x"))) is None
     ledger.close()
 
 

@@ -239,8 +239,7 @@ def ledger_alone(url: str, count: int, inserts: float = 0.5) -> tuple[float, flo
 
             async def apply(one: Transaction) -> None:
                 async with limit:
-                    await ledger.recall(one.fingerprint, one.serials)
-                    await ledger.refusal(one.change)
+                    await ledger.foresee(one.fingerprint, one.serials, one.change)
                     await ledger.apply(one)
 
             cpu, clock = time.process_time(), time.perf_counter()

@@ -241,12 +241,11 @@ class Totals:
 class Ledger(Protocol):
     """What the handler needs. Every method may raise LedgerError."""
 
-    async def recall(self, fingerprint: bytes, serials: Sequence[bytes]) -> Known | None:
-        """What is known of a request and its serials, durably, if anything is."""
-        ...
-
-    async def refusal(self, change: Change) -> Reason | None:
-        """Why this change would be refused at this moment; to spare a costly proof."""
+    async def foresee(
+        self, fingerprint: bytes, serials: Sequence[bytes], change: Change = None
+    ) -> Known | Reason | None:
+        """What is known of a request and its serials, durably; else why its change would be
+        refused at this moment; None if it would not. It spares a costly proof."""
         ...
 
     async def read(self, key: bytes) -> bytes | None:

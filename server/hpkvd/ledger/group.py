@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 import trio
@@ -27,8 +27,13 @@ R = TypeVar("R")
 @dataclass(slots=True)
 class _Waiting(Generic[J, R]):
     job: J
-    decided: trio.Event = field(default_factory=trio.Event)
+    caller: trio.lowlevel.Task | None  # None: it waits no more
     result: R | LedgerError | None = None
+
+    def abandon(self, _: object) -> trio.lowlevel.Abort:
+        """The caller was cancelled; what it asked for happens all the same."""
+        self.caller = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 class Group(Generic[J, R]):
@@ -49,10 +54,10 @@ class Group(Generic[J, R]):
 
     async def submit(self, job: J) -> R:
         """The result of a job, once its batch is done."""
-        waiting: _Waiting[J, R] = _Waiting(job)
+        waiting: _Waiting[J, R] = _Waiting(job, trio.lowlevel.current_task())
         self._queue.append(waiting)
         self._wake.set()
-        await waiting.decided.wait()
+        await trio.lowlevel.wait_task_rescheduled(waiting.abandon)
         if isinstance(waiting.result, LedgerError):
             raise waiting.result
         return waiting.result  # type: ignore[return-value]  # R may include None
@@ -91,4 +96,5 @@ class Group(Generic[J, R]):
             results = [error] * len(batch)
         for waiting, result in zip(batch, results, strict=True):
             waiting.result = result
-            waiting.decided.set()
+            if waiting.caller is not None:
+                trio.lowlevel.reschedule(waiting.caller)

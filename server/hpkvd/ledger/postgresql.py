@@ -1,7 +1,8 @@
 """The ledger in PostgreSQL: several servers on one database, a standby that takes over.
 
 A batch takes two round trips whatever its size, each one pipeline: fetch every row that deciding
-needs, decide (rules.py), write and COMMIT. All that blocks runs in threads.
+needs, decide (rules.py), write and COMMIT. (One more fetches the replies of requests that only a
+serial leads to.) All that blocks runs in threads.
 
     submit() x n -> fetch | decide | write, COMMIT -> wake n callers
 
@@ -136,14 +137,15 @@ _OLDEST: Final = "SELECT oldest FROM ended FOR SHARE"
 _SWEPT: Final = "UPDATE books SET requests = requests - %b, serials = serials - %b"
 # Ciphertext does not compress: PostgreSQL need not try. Others may not know the word.
 TUNING: Final = "ALTER TABLE blob ALTER COLUMN blob SET STORAGE EXTERNAL"
+# A server finds rows by their keys. Those of a young ledger, of which there are no statistics yet,
+# PostgreSQL would find by walking through whole tables. (And where it has to, it would think that
+# worth compiling.)
+BY_KEY: Final = "SET enable_seqscan = off; SET jit = off"
 
 _BY_FINGERPRINT: Final = """
 SELECT fingerprint, operation, outcome, delta, issued FROM request WHERE fingerprint = ANY(%b)
 """
-_BY_SERIAL: Final = """
-SELECT serial, r.fingerprint, operation, outcome, delta, issued
-FROM serial JOIN request r ON r.fingerprint = serial.fingerprint WHERE serial = ANY(%b)
-"""
+_SPENDERS: Final = "SELECT serial, fingerprint FROM serial WHERE serial = ANY(%b)"
 _DIGESTS: Final = "SELECT key, digest FROM blob WHERE key = ANY(%b)"
 _BLOBS: Final = "SELECT key, blob FROM blob WHERE key = ANY(%b)"
 _VOUCHERS: Final = "SELECT digest, amount, spent FROM voucher WHERE digest = ANY(%b)"
@@ -156,6 +158,10 @@ _RECORD: Final = """
 INSERT INTO request (fingerprint, epoch, operation, outcome, delta, issued)
 SELECT * FROM unnest(%b::bytea[], %b::bigint[], %b::bigint[], %b::bigint[], %b::bigint[],
     %b::bytea[])
+"""
+_BLOB_ROWS: Final = """
+INSERT INTO blob (key, digest, blob)
+SELECT * FROM unnest(%b::bytea[], %b::bytea[], %b::bytea[])
 """
 _SERIALS: Final = """
 INSERT INTO serial (serial, fingerprint) SELECT * FROM unnest(%b::bytea[], %b::bytea[])
@@ -190,13 +196,9 @@ Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Recall:
+class _Request:
     fingerprint: bytes
     serials: Sequence[bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
     change: Change
 
 
@@ -216,7 +218,7 @@ class _PaidFor:
     voucher: bytes
 
 
-_Question: TypeAlias = _Recall | _Check | _Blob | _EntryAt | _PaidFor
+_Question: TypeAlias = _Request | _Blob | _EntryAt | _PaidFor
 _Answer: TypeAlias = Known | Reason | bytes | StoredEntry | Sale | Paid | None
 
 
@@ -246,9 +248,8 @@ class _Needs:
                 self._change(change)
                 if isinstance(change, Read):
                     self.blobs.add(change.key)
-            case _Recall(fingerprint, serials):
+            case _Request(fingerprint, serials, change):
                 self._request(fingerprint, serials)
-            case _Check(change):
                 self._change(change)
             case _Blob(key):
                 self.blobs.add(key)
@@ -296,14 +297,15 @@ class _Sheet:
         self._entries: dict[bytes, _StoredRow] = {}
         self.oldest_epoch = 0
         self._recorded: list[tuple[Transaction, Fact]] = []
+        self._inserted: list[tuple[bytes, bytes, bytes]] = []
         self._statements: list[tuple[str, tuple[object, ...]]] = []
 
     def fetch(self, connection: Connection, needs: _Needs, *, lock: bool) -> None:
-        """One round trip."""
+        """One round trip; one more for requests that only a serial of theirs tells of."""
         more = _FOR_UPDATE if lock else ""
         wanted: list[tuple[str, set[bytes], Callable[..., None]]] = [
             (_BY_FINGERPRINT, needs.fingerprints, self._add_fact),
-            (_BY_SERIAL, needs.serials, self._add_serial),
+            (_SPENDERS, needs.serials, self._spenders.__setitem__),
             (_DIGESTS, needs.digests - needs.doomed, self._digests.__setitem__),
             (_DIGESTS + more, needs.doomed, self._digests.__setitem__),
             (_BLOBS, needs.blobs, self._blobs.__setitem__),
@@ -321,6 +323,10 @@ class _Sheet:
         for cursor, add in asked:
             for row in cursor.fetchall():
                 add(*row)
+        spenders = set(self._spenders.values()) - self._facts.keys()
+        if spenders:
+            for row in connection.execute(_BY_FINGERPRINT, (list(spenders),), binary=True):
+                self._add_fact(*row)
 
     def _set_oldest(self, oldest: int) -> None:
         self.oldest_epoch = oldest
@@ -330,10 +336,6 @@ class _Sheet:
     ) -> None:
         fact = Fact(Operation(operation), Outcome(outcome), delta)
         self._facts[fingerprint] = StoredFact(fingerprint, fact, issued)
-
-    def _add_serial(self, serial: bytes, fingerprint: bytes, *fact: Any) -> None:
-        self._spenders[serial] = fingerprint
-        self._add_fact(fingerprint, *fact)
 
     def _add_voucher(self, digest: bytes, amount: int, spent: int) -> None:
         self._vouchers[digest] = amount, bool(spent)
@@ -403,8 +405,7 @@ class _Sheet:
         """See rules.Tables."""
         self._digests[insert.key] = insert.digest
         self._blobs[insert.key] = insert.blob
-        row = (insert.key, insert.digest, insert.blob)
-        self._later("INSERT INTO blob (key, digest, blob) VALUES (%b, %b, %b)", *row)
+        self._inserted.append((insert.key, insert.digest, insert.blob))
 
     def delete_blob(self, key: bytes) -> None:
         """See rules.Tables."""
@@ -452,10 +453,18 @@ class _Sheet:
         self._recorded.append((transaction, fact))
 
     def _later(self, statement: str, *parameters: object) -> None:
+        self._insert()
         self._statements.append((statement, parameters))
+
+    def _insert(self) -> None:
+        """The blobs put so far, in one statement, which comes before whatever is to follow."""
+        if self._inserted:
+            self._statements.append((_BLOB_ROWS, _columns(self._inserted)))
+            self._inserted = []
 
     def write(self, connection: Connection, posting: Posting) -> None:
         """Everything, and COMMIT; one round trip. Sorted: equal orders do not deadlock."""
+        self._insert()
         if not self._statements and not self._recorded:
             connection.rollback()
             return
@@ -467,15 +476,19 @@ class _Sheet:
         )
         with connection.pipeline():
             if serials:
-                connection.execute(_SERIALS, tuple(map(list, zip(*serials, strict=True))))
+                connection.execute(_SERIALS, _columns(serials))
             if self._recorded:
                 rows = [_row(transaction, fact) for transaction, fact in self._recorded]
-                connection.execute(_RECORD, tuple(map(list, zip(*rows, strict=True))))
+                connection.execute(_RECORD, _columns(rows))
             for statement, parameters in self._statements:
                 connection.execute(statement, parameters)
             if self._recorded:
                 connection.execute(_BOOKS, astuple(posting))
             connection.commit()
+
+
+def _columns(rows: Iterable[tuple[object, ...]]) -> tuple[list[object], ...]:
+    return tuple(map(list, zip(*rows, strict=True)))
 
 
 def _row(transaction: Transaction, fact: Fact) -> tuple[object, ...]:
@@ -629,18 +642,12 @@ class PostgresqlLedger:
 
     # -- Ledger -------------------------------------------------------------------------------
 
-    async def recall(self, fingerprint: bytes, serials: Sequence[bytes]) -> Known | None:
-        """What is known of a request and its serials, durably, if anything is."""
-        answer = await self._reading.submit(_Recall(fingerprint, serials))
-        assert answer is None or isinstance(answer, Known)
-        return answer
-
-    async def refusal(self, change: Change) -> Reason | None:
-        """Why this change would be refused at this moment; to spare a costly proof."""
-        if change is None or isinstance(change, Read):
-            return None
-        answer = await self._reading.submit(_Check(change))
-        assert answer is None or isinstance(answer, Reason)
+    async def foresee(
+        self, fingerprint: bytes, serials: Sequence[bytes], change: Change = None
+    ) -> Known | Reason | None:
+        """What is known of a request, durably; else why its change would be refused."""
+        answer = await self._reading.submit(_Request(fingerprint, serials, change))
+        assert answer is None or isinstance(answer, Known | Reason)
         return answer
 
     async def read(self, key: bytes) -> bytes | None:
@@ -784,15 +791,15 @@ def _write(connection: Connection, jobs: Sequence[Job]) -> tuple[Sequence[Result
 
 
 def _grows(question: _Question) -> bool:
-    return isinstance(question, _Check) and isinstance(question.change, Insert | StoreEntry)
+    return isinstance(question, _Request) and isinstance(question.change, Insert | StoreEntry)
 
 
 def _answered(sheet: _Sheet, question: _Question, full: bool) -> _Answer:
     match question:
-        case _Recall(fingerprint, serials):
+        case _Request(fingerprint, serials, change):
             known = sheet.known(fingerprint, serials)
-            return Known(known) if known else None
-        case _Check(change):
+            if known:
+                return Known(known)
             return Reason.FULL if full and _grows(question) else rules.refusal(sheet, change)
         case _Blob(key):
             return sheet.blob(key)
@@ -821,6 +828,9 @@ def connect(url: str, *, autocommit: bool, name: str = "hpkvd") -> Connection:
     row = connection.execute("SHOW synchronous_commit").fetchone()
     if row in [("off",), ("local",)]:
         connection.execute("SET synchronous_commit = 'on'")
+    if name == SERVING:
+        with suppress(psycopg.Error):
+            connection.execute(BY_KEY)
     connection.autocommit = autocommit
     return connection
 

@@ -341,15 +341,14 @@ class SqliteLedger:
 
     # -- Ledger: reading ----------------------------------------------------------------------
 
-    async def recall(self, fingerprint: bytes, serials: Sequence[bytes]) -> Known | None:
-        """What is known of a request and its serials, durably, if anything is."""
+    async def foresee(
+        self, fingerprint: bytes, serials: Sequence[bytes], change: Change = None
+    ) -> Known | Reason | None:
+        """What is known of a request, durably; else why its change would be refused."""
         with _translated():
             known = self._durable.known(fingerprint, serials)
-        return Known(known) if known else None
-
-    async def refusal(self, change: Change) -> Reason | None:
-        """Why this change would be refused at this moment; to spare a costly proof."""
-        with _translated():
+            if known:
+                return Known(known)
             if isinstance(change, Insert | StoreEntry) and not self._has_room():
                 return Reason.FULL
             return rules.refusal(self._durable, change)
