@@ -15,4 +15,4 @@ USUAL = 100
 
 def examples(count: int, **more: Any) -> settings:
     """So many in every run, in proportion more under a profile of more; and further settings."""
-    return settings(max_examples=count * settings.default.max_examples // USUAL, **more)
+    return settings(max_examples=count * settings().max_examples // USUAL, **more)

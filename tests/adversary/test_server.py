@@ -265,8 +265,9 @@ async def orphans_found(cheated: Vault) -> int:
     """By who comes back from the words, and finds something under every key he asks for."""
 
     def lie(request: Request, reply: Reply) -> Reply | None:
-        is_miss = isinstance(reply, Done) and reply.fact.outcome is Outcome.ABSENT
-        if not is_miss or not isinstance(request, LookUpRequest) or cheated.told == BAIT:
+        if not isinstance(reply, Done) or reply.fact.outcome is not Outcome.ABSENT:
+            return None
+        if not isinstance(request, LookUpRequest) or cheated.told == BAIT:
             return None
         if request.key in {cheated.anchor_key(one) for one in (1, 2, 4, 16, 256, 65_536)}:
             return None

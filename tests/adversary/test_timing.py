@@ -154,7 +154,7 @@ async def test_who_does_not_shuffle_nor_bound_is_seen(
     assert agreement(made, diary.keys(InsertRequest), ids) > 0.9
     assert abs(agreement(made, diary.keys(DeleteRequest), ids)) > 0.9
     monkeypatch.setattr(publisher, "INSERTS_AT_ONCE", BLOCKS)
-    defaults = RemoteStore.__init__.__kwdefaults__ | {"max_in_flight": BLOCKS}
+    defaults = (RemoteStore.__init__.__kwdefaults__ or {}) | {"max_in_flight": BLOCKS}
     monkeypatch.setattr(RemoteStore.__init__, "__kwdefaults__", defaults)
     await publish_held(made, diary)
     assert diary.most_at_once > MAX_IN_FLIGHT

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpkvfs.errors import VaultError
-from hpkvfs.fs.layer import Effect, Gone
+from hpkvfs.fs.layer import Gone
 from hpkvfs.fs.redolog import RedoLog
 
 KEY = bytes(range(32))
@@ -20,11 +20,8 @@ def opened(directory: Path) -> RedoLog:
 
 def replayed(directory: Path, covered: int = 0) -> list[int]:
     """The records that a new process finds, by what they say."""
-    return [effect.ino for _, (effect,) in opened(directory).replay(covered) if is_gone(effect)]
-
-
-def is_gone(effect: Effect) -> bool:
-    return isinstance(effect, Gone)
+    found = (effect for _, (effect,) in opened(directory).replay(covered))
+    return [effect.ino for effect in found if isinstance(effect, Gone)]
 
 
 def written(directory: Path, *files: range) -> None:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import atheris  # type: ignore[import-not-found]  # installed by tools/fuzz
+import atheris  # installed by tools/fuzz
 import click
 
 with atheris.instrument_imports(include=["hpkvfs", "hpkvd"], enable_loader_override=False):

@@ -28,7 +28,7 @@ from hpkvfs import breakglass as notes
 from hpkvfs.address import Address
 from hpkvfs.cache import BlobCache
 from hpkvfs.errors import CorruptBlob, HpkvError, NewerFormat, UserError, VaultError
-from hpkvfs.fs.layer import Gone, Put, Usage, Write
+from hpkvfs.fs.layer import Effect, Gone, Put, Usage, Write
 from hpkvfs.fs.redolog import RedoLog
 from hpkvfs.net.purchases import Purchase
 from hpkvfs.protocol import codec
@@ -407,7 +407,12 @@ def _made(name: str, make: Callable[[Path], None]) -> bytes:
 
 def _write_log(directory: Path) -> None:
     log = RedoLog(directory, KEY, CHANCE.randbytes)
-    for effects in ([Put(b"k" * 17, b"v"), Usage(1, 1)], [Write(3, 0, b"data", 0)], [Gone(3)]):
+    records: list[list[Effect]] = [
+        [Put(b"k" * 17, b"v"), Usage(1, 1)],
+        [Write(3, 0, b"data", 0)],
+        [Gone(3)],
+    ]
+    for effects in records:
         log.append(effects)
     log.close()
 

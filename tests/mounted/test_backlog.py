@@ -54,7 +54,7 @@ def test_writing_waits_for_the_publisher_and_fails_without_a_server(
     names = sorted(os.listdir(root))
     for change in (os.mkdir, os.mkfifo, Path.touch):
         with pytest.raises(OSError) as caught:
-            change(root / "more")  # type: ignore[operator]
+            change(root / "more")
         assert caught.value.errno == errno.ENOSPC
     assert sorted(os.listdir(root)) == names, "reading goes on"
 

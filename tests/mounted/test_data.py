@@ -70,8 +70,8 @@ class Pair:
             os.posix_fadvise(self.files[0], 0, 0, os.POSIX_FADV_DONTNEED)
         elif action == "sync":
             os.fdatasync(self.files[0])
-        ours, right = (os.fstat(file).st_size for file in self.files)
-        assert ours == right
+        sizes = [os.fstat(file).st_size for file in self.files]
+        assert sizes[0] == sizes[1]
 
     def _map(self, place: int, length: int, size: int) -> None:
         data = self.random.randbytes(min(length, size - place))

@@ -181,8 +181,9 @@ def test_snapshots_by_a_policy_and_the_log(vault: Client, server: Server, tmp_pa
     # the words alone find the snapshots too
     other = Client.at(tmp_path / "other")
     shutil.rmtree(vault.state)
-    (tmp_path / "voucher").write_text(server.voucher(2_000))
-    flags = ["--no-password", "--server", server.address, "--voucher-file", tmp_path / "voucher"]
+    voucher = tmp_path / "voucher"
+    voucher.write_text(server.voucher(2_000))
+    flags = ["--no-password", "--server", server.address, "--voucher-file", str(voucher)]
     other.run("recover", "--seed", vault.words, *flags)
     found = {s["name"] for s in other.json("snapshot", "list")["snapshots"]}
     assert found == {"mine", *names}

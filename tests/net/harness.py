@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import trio
 
@@ -45,6 +46,17 @@ def chain(length: int) -> tuple[Epoch, ...]:
 def identity() -> Identity:
     """One identity for all tests of a process."""
     return Identity(secrets.token_bytes(32))
+
+
+class Options(TypedDict, total=False):
+    """What World.client takes."""
+
+    patience: float
+    max_in_flight: int
+    name: str
+    identity: bytes | None
+    pace: Pace | None
+    prover: Prover | None
 
 
 @dataclass
@@ -106,9 +118,9 @@ class World:
         """The client dies: what its journal had not committed is gone."""
         self.journals.pop().die()
 
-    async def rich_client(self, amount: int = 10_000, **options: float) -> RemoteStore:
+    async def rich_client(self, amount: int = 10_000, **options: Unpack[Options]) -> RemoteStore:
         """A store that has redeemed a voucher."""
-        store = self.client(**options)  # type: ignore[arg-type]  # options of client()
+        store = self.client(**options)
         await store.redeem(self.voucher(amount))
         return store
 

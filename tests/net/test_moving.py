@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from itertools import count
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 import trio
@@ -27,7 +28,7 @@ from hpkvfs.protocol.messages import (
 )
 from tests.doubles import Fault
 from tests.examples import examples
-from tests.net.harness import World, chain, running
+from tests.net.harness import Options, World, chain, running
 from tests.net.test_store import another_epoch, cut_off, shown
 from tests.net.test_world import Life, steps
 from tests.store_contract import memo_of, new_blob
@@ -54,10 +55,10 @@ async def move_all(store: RemoteStore) -> None:
             pass
 
 
-async def restarted(world: World, **options: object) -> RemoteStore:
+async def restarted(world: World, **options: Unpack[Options]) -> RemoteStore:
     await world.journals[-1].flush()
     world.kill()
-    return world.client(**options)  # type: ignore[arg-type]
+    return world.client(**options)
 
 
 # Moving.

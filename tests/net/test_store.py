@@ -37,6 +37,7 @@ from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.group import SigningKey
 from hpkvfs.protocol.identity import Identity
 from hpkvfs.protocol.messages import (
+    CredentialedRequest,
     Done,
     Reason,
     Refused,
@@ -327,7 +328,7 @@ async def test_no_serial_is_shown_for_two_operations(world: World) -> None:
     shown: dict[bytes, set[Operation]] = {}
     for frame in world.wire.frames:
         request = decode_request(frame)
-        if isinstance(request, messages.ParametersRequest) or not request.presented:
+        if not isinstance(request, CredentialedRequest) or not request.presented:
             continue
         for serial in parse(request.credentials, 2).serials:
             shown.setdefault(serial, set()).add(request.operation)

@@ -146,8 +146,8 @@ def test_the_largest_of_each_fit() -> None:
     places = (bytes(messages.MAX_PLACE),) * messages.MAX_PLACES
     Offers((Offer(Method.CASHU, 1, 1, 1, places), Offer(Method.LIGHTNING, 1, 1, 1))).encode()
     Payment(1, 1, messages.MAX_SATS, bytes(messages.MAX_INVOICE), messages.MAX_SECONDS).encode()
-    most = (digest,) * messages.MAX_EPOCHS
-    Parameters(bytes(messages.MAX_PARAMETERS), most, digest, bytes(64)).encode()
+    epochs = (digest,) * messages.MAX_EPOCHS
+    Parameters(bytes(messages.MAX_PARAMETERS), epochs, digest, bytes(64)).encode()
 
 
 @given(request=requests, data=st.data())

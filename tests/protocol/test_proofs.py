@@ -6,7 +6,7 @@ prover; what it claims violates exactly the equation that its name mentions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -327,7 +327,7 @@ class ForgetfulMint(Mint):
 class ApartMint(Mint):
     """Its two MACs are marked, one by a point and the other by that point's negative."""
 
-    marks: tuple[Point, ...] = (ELSEWHERE, -ELSEWHERE)
+    marks: Sequence[Point] = (ELSEWHERE, -ELSEWHERE)
 
     def _mac(self, c: proofs.Issued, m: Point) -> Mac:
         mac, (mark, *self.marks) = super()._mac(c, m), self.marks

@@ -153,6 +153,7 @@ def test_a_ledger_moves_there_and_back_and_serves_only_where_it_is(
         pair = list(purse.held)
         spent = purse.look_up(key)
         done = server.ask(spent.frame)
+        assert isinstance(done, Done)
         before = status(server)
         busy = hpkvd_plain("migrate", here, "env:THERE")
         assert (busy[0], "stop it first" in busy[1]) == (os.EX_TEMPFAIL, True)

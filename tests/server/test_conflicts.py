@@ -47,7 +47,7 @@ def failures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     seen: Counter[str] = Counter()
     write = postgresql._write
 
-    def counted(connection: Any, jobs: Sequence[Job]) -> Sequence[Result]:
+    def counted(connection: Any, jobs: Sequence[Job]) -> tuple[Sequence[Result], int]:
         try:
             return write(connection, jobs)
         except psycopg.Error as error:
@@ -178,7 +178,7 @@ async def test_whatever_a_commit_is_said_to_be_it_is_performed_once(
     """It fails three times, before the first statement or after COMMIT."""
     write, left = postgresql._write, [3]
 
-    def failing(connection: Any, jobs: Sequence[Job]) -> Sequence[Result]:
+    def failing(connection: Any, jobs: Sequence[Job]) -> tuple[Sequence[Result], int]:
         if left[0] == 0:
             return write(connection, jobs)
         left[0] -= 1

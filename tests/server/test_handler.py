@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
 import trio.testing
 
 from hpkvd.handler import RETRY_AFTER, Handler
-from hpkvd.ledger import LedgerBusy, LedgerError, LedgerFull, Transaction, Verdict
+from hpkvd.ledger import Ledger, LedgerBusy, LedgerError, LedgerFull, Transaction, Verdict
 from hpkvfs.protocol import codec
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.messages import (
@@ -378,7 +379,8 @@ async def test_what_cannot_be_written_is_not_spent_and_reading_goes_on(
 ) -> None:
     earlier = purse.insert(KEY.public, BLOB)
     done = await perform(server, purse, earlier)
-    sound, server.handler._ledger = server.handler._ledger, Failing(server, error)
+    sound = server.handler._ledger
+    server.handler._ledger = cast(Ledger, Failing(server, error))
     purchase = purse.look_up(KEY.public)
     assert await refused(server, purchase) is reason
     assert await server.ask(earlier.request) == done
@@ -400,7 +402,7 @@ async def test_with_too_much_in_work_others_are_told_when_to_come_back(
             await release.wait()
             return await sound(transaction)
 
-    handler._ledger = Slow(server, LedgerError(""))
+    handler._ledger = cast(Ledger, Slow(server, LedgerError("")))
     purchases = [purse.insert(new_key().public, new_blob()) for _ in range(2)]
     replies: list[Reply] = []
 
@@ -433,7 +435,8 @@ async def test_a_bug_is_told_of_once_and_without_the_request(
     server: LocalServer, purse: Purse, caplog: pytest.LogCaptureFixture
 ) -> None:
     purchase = purse.look_up(KEY.public)
-    server.handler._ledger = Failing(server, ZeroDivisionError(purchase.request.key.hex()))
+    bug = ZeroDivisionError(purchase.request.key.hex())
+    server.handler._ledger = cast(Ledger, Failing(server, bug))
     for _ in range(3):
         assert await refused(server, purchase) is Reason.INTERNAL
     (record,) = caplog.records

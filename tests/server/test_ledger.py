@@ -250,7 +250,14 @@ async def test_of_insertions_under_one_key_one_is_performed(funded: Engine) -> N
 async def test_what_comes_together_happens_in_the_order_in_which_it_came(funded: Engine) -> None:
     """All but the first wait while that is written, and then share a batch."""
     await funded.apply(transaction("a", insert("x"), "s1", "s2"))
-    changes = [insert("y"), delete("x"), insert("x"), delete("x"), insert("x"), delete("y")]
+    changes: list[Change] = [
+        insert("y"),
+        delete("x"),
+        insert("x"),
+        delete("x"),
+        insert("x"),
+        delete("y"),
+    ]
     verdicts: dict[int, Verdict] = {}
 
     async def apply(number: int, change: Change) -> None:

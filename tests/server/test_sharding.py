@@ -8,7 +8,7 @@ are mistakes that drafts of the protocol made.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -102,7 +102,7 @@ def perform(shards: Shards, asked: Asked) -> Iterator[str | None]:
     yield "busy"
 
 
-def attempt(shards: Shards, asked: Asked) -> Iterator[None]:  # returns an answer or None
+def attempt(shards: Shards, asked: Asked) -> Generator[None, None, str | None]:
     home = asked.serials[0]
     yield
     one = begin(shards, asked)  # home: record and smaller serial
@@ -162,7 +162,8 @@ def begin(shards: Shards, asked: Asked) -> Try | None:
     return one
 
 
-def settled(shards: Shards, other: Try) -> Iterator[None]:  # returns its state
+def settled(shards: Shards, other: Try) -> Generator[None, None, str]:
+    """Its state, now that it has ended."""
     yield
     return shards.abort(other)
 

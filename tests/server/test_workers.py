@@ -38,12 +38,17 @@ def server(data: Path) -> Iterator[ServerProcess]:
         yield server
 
 
+def replace_one(server: ServerProcess) -> None:
+    """Kill a worker, and wait for another in its place."""
+    before = workers(server)
+    os.kill(min(before), signal.SIGKILL)
+    until(lambda: len(workers(server) - before) == 1)
+
+
 def test_a_worker_killed_under_load_loses_nothing_and_is_replaced(server: ServerProcess) -> None:
     with Crowd(server, cheats=4) as crowd:
         for _ in range(3):
-            before = workers(server)
-            os.kill(min(before), signal.SIGKILL)
-            until(lambda before=before: len(workers(server) - before) == 1)
+            replace_one(server)
             crowd.served(5)
     crowd.check()
     code, told = server.stop()

@@ -17,7 +17,7 @@ from hpkvfs.net.transport import Dialer
 from hpkvfs.session import Options, Session, open_session
 from hpkvfs.state import StateDirectory
 from hpkvfs.volume.keys import VaultKeys
-from hpkvfs.wallet.journal import Journal
+from hpkvfs.wallet.journal import Journal, _Batch
 from tests.simulation.disk import Disk, Place
 from tests.simulation.points import SIDE, Crash, Faults, Point, Side
 
@@ -52,15 +52,15 @@ class SimulatedJournal(Journal):
         self._machine.check()
         super().__init__(path, key, rng)
 
-    def _hand_over(self, batch: Any) -> None:
+    def _hand_over(self, batch: _Batch) -> None:
         self._machine.nursery.start_soon(self._commit_soon, batch)
 
-    async def _commit_soon(self, batch: Any) -> None:
+    async def _commit_soon(self, batch: _Batch) -> None:
         await trio.sleep(self._machine.commit_seconds())
         if self._committing is batch:
             self._committed(batch, self._commit())
 
-    def _execute(self, batch: Any) -> None:
+    def _execute(self, batch: _Batch) -> None:
         self._machine.check()
         if self._machine.disk_full:
             error = sqlite3.OperationalError("database or disk is full")
@@ -105,7 +105,8 @@ class Machine(Side):
         self._chance = chance
         directory.mkdir()
         wallet, cache = directory / "wallet", directory / "cache"
-        self.state = State(Place(self.disk), wallet, cache, is_new)
+        state = State(Place(self.disk), wallet, cache, is_new)
+        self.state = cast(StateDirectory, state)
         self.options = Options(cache_bytes=CACHE_BYTES)
         self.nursery: trio.Nursery
         self.dialer: Dialer
@@ -141,7 +142,7 @@ class Machine(Side):
     async def _session(self, work: Callable[[Session], Awaitable[None]]) -> None:
         async with (
             open_session(
-                cast(StateDirectory, self.state),
+                self.state,
                 self._keys,
                 self.dialer,
                 self.options,

@@ -39,7 +39,7 @@ from hpkvfs.session import Session
 from hpkvfs.session.footing import Footing
 from hpkvfs.session.records import LocalRecords
 from hpkvfs.types import ANCHOR_BIT
-from hpkvfs.volume.commit import Insert, Step
+from hpkvfs.volume.commit import Insert, Step, publish
 from hpkvfs.wallet import rows
 from hpkvfs.wallet.journal import Journal
 from hpkvfs.wallet.wallet import Book, Pending, Settled, Wallet
@@ -301,7 +301,6 @@ def _pending_of_an_ended_epoch_taken_for_performed() -> list[Replacement]:
 @_mutation
 def _anchor_before_barrier() -> list[Replacement]:
     """The anchor is stored before all that it names."""
-    publish = hpkvfs.fs.publisher.publish
 
     def hasty(*arguments: Any) -> Generator[Step, None, Any]:
         steps, held, step = publish(*arguments), list[Step](), None

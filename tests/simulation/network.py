@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 from trio.abc import Stream
@@ -33,8 +33,8 @@ class Weather:
         rates = [0.0, 0.0, 0.02, 0.1, 0.3]
         if chance.random() < 0.25:
             return cls()
-        faults = [chance.choice(rates) for _ in range(5)]
-        return cls(*faults, hang=chance.random(), delay=chance.choice([0.01, 0.1, 1.0, 4.0]))
+        faults = cls(*(chance.choice(rates) for _ in range(5)))
+        return replace(faults, hang=chance.random(), delay=chance.choice([0.01, 0.1, 1.0, 4.0]))
 
 
 FINE = Weather()

@@ -20,7 +20,7 @@ from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.publisher import Publisher
 from hpkvfs.session import Session
 from hpkvfs.types import BlobId, Generation
-from hpkvfs.volume.snapshots import Plan
+from hpkvfs.volume.snapshots import Plan, plan
 from tests.simulation.mutations import Replacement
 
 RIVAL_MUTATIONS: Final[dict[str, Callable[[], list[Replacement]]]] = {}
@@ -118,7 +118,6 @@ def _gc_takes_what_a_snapshot_holds() -> list[Replacement]:
 @_mutation
 def _deleted_snapshot_takes_what_an_older_one_holds() -> list[Replacement]:
     """All that a deleted snapshot held is freed, whoever else holds it."""
-    plan = hpkvfs.fs.publisher.plan
 
     def greedy(*arguments: Any) -> Plan:
         made = plan(*arguments)

@@ -482,7 +482,7 @@ def _plan(chance: random.Random) -> list[tuple[str, Any]]:
     plan: list[tuple[str, Any]] = [("redeem", None)]
     plan += [("fs", step) for step in START]
     kinds = chance.choices(list(EVENTS), list(EVENTS.values()), k=chance.randint(8, 30))
-    details = {
+    details: dict[str, Callable[[], Any]] = {
         "fs": lambda: random_step(chance),
         "sync": lambda: chance.random() < 0.3,
         "pause": lambda: chance.choice([0.01, 0.3, 2.0, 15.0, 100.0, 4_000.0]),

@@ -41,4 +41,5 @@ async def main(base: str, onion: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, *sys.argv[1:])
+    _, base, onion = sys.argv
+    trio.run(main, base, onion)

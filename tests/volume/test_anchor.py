@@ -215,7 +215,7 @@ def test_a_dead_list_holds_just_what_was_added(batches: list[int]) -> None:
     assert dead.pages == len(pages)
     assert sorted(_all(dead, pages)) == sorted(added)
     assert dead.count == len(added)
-    assert DeadList.decode(dead.encode()) == dead  # type: ignore[arg-type]
+    assert DeadList.decode(dead.encode()) == dead
 
 
 def _all(dead: DeadList, pages: dict[BlobRef, bytes]) -> list[Dead]:
