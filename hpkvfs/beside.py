@@ -18,7 +18,7 @@ import base64
 import json
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -129,9 +129,9 @@ class _Nothing:
         """None."""
         return None
 
-    def payload(self, ref: BlobRef, kind: bytes) -> bytes | None:
-        """None."""
-        return None
+    def payloads(self, refs: Iterable[BlobRef], kind: bytes) -> list[bytes | None]:
+        """None of them."""
+        return [None for _ in refs]
 
     def __contains__(self, ref: BlobRef) -> bool:
         return False

@@ -32,7 +32,7 @@ import hmac
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -110,25 +110,38 @@ class BlobCache:
 
     def get(self, ref: BlobRef) -> bytes | None:
         """The opened blob, or None if it is not there or no longer what was put."""
-        return self._found(ref, self._read, b"")
-
-    def payload(self, ref: BlobRef, kind: bytes) -> bytes | None:
-        """As get, the payload alone (16,384 bytes) of what was put as a blob of this kind."""
-        return self._found(ref, self._read_payload, kind)
-
-    def _found(
-        self, ref: BlobRef, read: Callable[[bytes, int, bytes], bytes], kind: bytes
-    ) -> bytes | None:
         name = self._name(ref)
         slot = self._order.get(name)
         if slot is None:
             return None
         try:
-            found = read(name, self._place(slot), kind)
+            blob = self._read(name, slot)
         except (OSError, ValueError, InvalidTag):
             self._discard(name)
             return None
         self._order.move_to_end(name)
+        return blob
+
+    def payloads(self, refs: Iterable[BlobRef], kind: bytes) -> list[bytes | None]:
+        """As get for each of them, the payload alone (16,384 bytes) if it was put as of this kind.
+
+        One loop with no calls of our own: half of what reading a large file takes is here.
+        """
+        found: list[bytes | None] = []
+        order, file, first, decrypt = self._order, self._file, self._first, self._body.decrypt
+        for ref in refs:
+            name = self._name(ref)
+            slot = order.get(name)
+            if slot is None:
+                found.append(None)
+                continue
+            try:
+                sealed = memoryview(os.pread(file, _BODY, first + _SEALED * slot))
+                found.append(decrypt(sealed[:_NONCE], sealed[_NONCE:], name + kind))
+                order.move_to_end(name)
+            except (OSError, ValueError, InvalidTag):
+                self._discard(name)
+                found.append(None)
         return found
 
     def put(self, ref: BlobRef, blob: bytes) -> None:
@@ -156,15 +169,11 @@ class BlobCache:
     def _make_name(self, ref: BlobRef) -> bytes:
         return hashlib.blake2b(ref.encode(), digest_size=_NAME, key=self._name_key).digest()
 
-    def _read(self, name: bytes, place: int, _: bytes) -> bytes:
-        sealed = memoryview(os.pread(self._file, _SEALED, place))
+    def _read(self, name: bytes, slot: int) -> bytes:
+        sealed = memoryview(os.pread(self._file, _SEALED, self._place(slot)))
         rest = self._rest.decrypt(sealed[:_NONCE], sealed[_BODY:], name)
-        kind = rest[:1]
-        return rest + self._body.decrypt(sealed[:_NONCE], sealed[_NONCE:_BODY], name + kind)
-
-    def _read_payload(self, name: bytes, place: int, kind: bytes) -> bytes:
-        sealed = memoryview(os.pread(self._file, _BODY, place))
-        return self._body.decrypt(sealed[:_NONCE], sealed[_NONCE:], name + kind)
+        aad = name + rest[:1]
+        return rest + self._body.decrypt(sealed[:_NONCE], sealed[_NONCE:_BODY], aad)
 
     def _write(self, name: bytes, slot: int, blob: bytes) -> bool:
         nonce, kind = self._rng(_NONCE), blob[:1]

@@ -321,8 +321,11 @@ class Adapter(pyfuse3.Operations):
         ahead = reading.go_on(off, size)
         if ahead:
             self._read_ahead(fh, ahead)
-        data = await self._do(self._fs.read, fh, off, size)
-        await self._do(self._fs.accessed, fh)
+        return await self._do(self._read, fh, off, size)
+
+    def _read(self, ino: int, offset: int, size: int) -> bytes:
+        data = self._fs.read(ino, offset, size)
+        self._fs.accessed(ino)
         return data
 
     def _read_ahead(self, ino: int, blocks: range) -> None:

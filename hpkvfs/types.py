@@ -21,6 +21,7 @@ BlobId = NewType("BlobId", int)
 Generation = NewType("Generation", int)
 
 _ID = struct.Struct(">Q")
+_REF = struct.Struct(">Q32s")
 
 
 class BlobRef(NamedTuple):
@@ -38,7 +39,7 @@ class BlobRef(NamedTuple):
         """Inverse of encode; ValueError unless exactly 40 bytes."""
         if len(raw) != REF_SIZE:
             raise ValueError(f"a blob reference has {REF_SIZE} bytes, not {len(raw)}")
-        return cls(BlobId(_ID.unpack_from(raw)[0]), raw[8:])
+        return tuple.__new__(cls, _REF.unpack(raw))  # half the time of calling cls
 
     def __repr__(self) -> str:
         return f"BlobRef({self.id & (ANCHOR_BIT - 1)}{'a' if self.id & ANCHOR_BIT else ''})"

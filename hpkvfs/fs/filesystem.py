@@ -727,7 +727,9 @@ class Filesystem:
         blocks = self._view.read(ino, numbers)
         if len(blocks) == 1:
             return blocks[0][start : start + size].ljust(size, b"\0")
-        whole = b"".join(block.ljust(BLOCK, b"\0") for block in blocks)
+        whole = b"".join(blocks)
+        if len(whole) < BLOCK * len(blocks):
+            whole = b"".join(block.ljust(BLOCK, b"\0") for block in blocks)
         return whole[start : start + size]
 
     def write(self, ino: int, offset: int, data: bytes, *, stamp: bool = True) -> int:

@@ -12,7 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 import trio
 
@@ -72,8 +72,8 @@ class Cache(Protocol):
         """The opened blob (volume/blob.py), or None."""
         ...
 
-    def payload(self, ref: BlobRef, kind: bytes) -> bytes | None:
-        """The payload of an opened blob that begins with this byte, or None."""
+    def payloads(self, refs: Iterable[BlobRef], kind: bytes) -> list[bytes | None]:
+        """The payloads of opened blobs that begin with this byte; None for one not there."""
         ...
 
     def __contains__(self, ref: BlobRef) -> bool:
@@ -102,6 +102,11 @@ class Lru(Generic[V]):
         if value is not None:
             self._values.move_to_end(ref)
         return value
+
+    def some(self, refs: Iterable[BlobRef]) -> dict[BlobRef, V]:
+        """The values of those that are here; the order of use stays."""
+        values = self._values
+        return {ref: values[ref] for ref in refs if ref in values}
 
     def put(self, ref: BlobRef, value: V) -> None:
         """Remember a value."""
@@ -220,16 +225,17 @@ class Volume:
 
         Those of the local cache do not stay in memory: whoever reads so much keeps it.
         """
-        found, missing = [], []
-        for ref in refs:
-            payload = self._extents.get(ref) or self._kept(ref, Kind.EXTENT)
-            if payload is None:
-                missing.append(ref)
-            else:
-                found.append(payload)
+        held = self._extents.some(refs)
+        if held:
+            rest = [ref for ref in refs if ref not in held]
+            read = dict(zip(rest, self._cache.payloads(rest, CODES[Kind.EXTENT]), strict=True))
+            found = [held.get(ref) or read[ref] for ref in refs]
+        else:
+            found = self._cache.payloads(refs, CODES[Kind.EXTENT])
+        missing = [ref for ref, payload in zip(refs, found, strict=True) if payload is None]
         if missing:
             raise MissingExtent(tuple(missing))
-        return found
+        return cast("list[bytes]", found)
 
     def has_extent(self, ref: BlobRef) -> bool:
         """Whether an extent is on this machine or being fetched."""
@@ -237,7 +243,7 @@ class Volume:
 
     def _kept(self, ref: BlobRef, kind: Kind) -> bytes | None:
         """The payload of a blob in the local cache."""
-        return self._cache.payload(ref, CODES[kind])
+        return self._cache.payloads((ref,), CODES[kind])[0]
 
     def entries(self, dead: DeadList) -> tuple[list[Dead], list[BlobRef]]:
         """Every blob on a dead list, and every page of the list; MissingPage."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,8 +29,8 @@ T = TypeVar("T")
 class NoCache:
     """A cache that forgets at once, so that every read reaches the store."""
 
-    def payload(self, ref: BlobRef, kind: bytes) -> bytes | None:
-        return None
+    def payloads(self, refs: Iterable[BlobRef], kind: bytes) -> list[bytes | None]:
+        return [None for _ in refs]
 
     def __contains__(self, ref: BlobRef) -> bool:
         return False

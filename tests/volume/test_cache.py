@@ -36,7 +36,7 @@ def opened(path: Path, blobs: int = 4, key: bytes = KEY) -> BlobCache:
 
 
 def payload(cache: BlobCache, number: int) -> bytes | None:
-    return cache.payload(ref(number), blob(number)[:1])
+    return cache.payloads([ref(number)], blob(number)[:1])[0]
 
 
 @pytest.mark.parametrize("aes", [True, False])
@@ -47,7 +47,7 @@ def test_a_payload_alone_is_that_of_the_blob_and_of_its_kind(tmp_path: Path, aes
     assert payload(cache, 1) == blob(1)[-PAYLOAD_SIZE:]
     assert payload(cache, 2) is None
     other = bytes([blob(1)[0] ^ 1])
-    assert cache.payload(ref(1), other) is None, "a blob was read as one of another kind"
+    assert cache.payloads([ref(1)], other) == [None], "a blob was read as one of another kind"
 
 
 def test_a_payload_that_was_damaged_is_not_there(tmp_path: Path) -> None:

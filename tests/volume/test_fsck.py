@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,9 +35,9 @@ class Keeping:
     def get(self, ref: BlobRef) -> bytes | None:
         return self.blobs.get(ref)
 
-    def payload(self, ref: BlobRef, kind: bytes) -> bytes | None:
-        blob = self.blobs.get(ref)
-        return blob[-PAYLOAD_SIZE:] if blob and blob[:1] == kind else None
+    def payloads(self, refs: Iterable[BlobRef], kind: bytes) -> list[bytes | None]:
+        found = [self.blobs.get(ref, b"") for ref in refs]
+        return [blob[-PAYLOAD_SIZE:] if blob[:1] == kind else None for blob in found]
 
     def put(self, ref: BlobRef, blob: bytes) -> None:
         self.blobs[ref] = blob
