@@ -61,6 +61,8 @@ _BYTES: Final[Any] = _ffi.typeof("unsigned char []")
 _SIZE: Final[Any] = _ffi.typeof("size_t *")
 _NULL: Final[Any] = _ffi.NULL
 _memmove: Final[Any] = _ffi.memmove
+_buffer: Final[Any] = _ffi.buffer
+_from_buffer: Final[Any] = _ffi.from_buffer
 _WHOLE: Final = b"\4" + bytes(64)  # SEC 1 uncompressed: 04 || x || y
 
 _HUGE_PAGE: Final = 2**21
@@ -311,17 +313,17 @@ def _product(key: Any, scalar: int) -> Any:
 
 def multiexp(terms: Iterable[Term], *points: Point) -> Point:
     """Sum of base * scalar, plus `points`, in variable time; Infinity when it is."""
-    keys, fixed = [point._raw for point in points], list[bytes | bytearray]()
+    keys, fixed = [point._raw for point in points], bytearray()
     for base, scalar in terms:
         if isinstance(base, FixedBase):
-            fixed.append(base.addresses(scalar))
+            fixed += base.addresses(scalar)
         elif scalar % ORDER:
             keys.append(_product(base._raw, scalar))
     if not fixed:
         return _sum(keys)
     if keys:
-        fixed.append(_ffi.buffer(_new(_KEYS, keys))[:])
-    return _sum(_ffi.from_buffer(_KEYS, b"".join(fixed)))
+        fixed += _buffer(_new(_KEYS, keys))
+    return _sum(_from_buffer(_KEYS, fixed))
 
 
 @_ffi.callback("int(unsigned char *, unsigned char *, unsigned char *, void *)")  # type: ignore[untyped-decorator]  # cffi has no types

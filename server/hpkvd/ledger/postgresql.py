@@ -1,8 +1,8 @@
 """The ledger in PostgreSQL: several servers on one database, a standby that takes over.
 
 A batch takes two round trips whatever its size, each one pipeline: fetch every row that deciding
-needs, decide (rules.py), write and COMMIT. (One more fetches the replies of requests that only a
-serial leads to.) All that blocks runs in threads.
+needs, decide (rules.py), write and COMMIT. (One more fetches what is known of a request, if
+anything is.) All that blocks runs in threads.
 
     submit() x n -> fetch | decide | write, COMMIT -> wake n callers
 
@@ -142,10 +142,14 @@ TUNING: Final = "ALTER TABLE blob ALTER COLUMN blob SET STORAGE EXTERNAL"
 # worth compiling.)
 BY_KEY: Final = "SET enable_seqscan = off; SET jit = off"
 
-_BY_FINGERPRINT: Final = """
+_FACTS: Final = """
 SELECT fingerprint, operation, outcome, delta, issued FROM request WHERE fingerprint = ANY(%b)
 """
-_SPENDERS: Final = "SELECT serial, fingerprint FROM serial WHERE serial = ANY(%b)"
+# Of what is asked for, whatever is there, and the request that it leads to.
+_KNOWN: Final = """
+SELECT serial, fingerprint FROM serial WHERE serial = ANY(%b)
+UNION ALL SELECT fingerprint, fingerprint FROM request WHERE fingerprint = ANY(%b)
+"""
 _DIGESTS: Final = "SELECT key, digest FROM blob WHERE key = ANY(%b)"
 _BLOBS: Final = "SELECT key, blob FROM blob WHERE key = ANY(%b)"
 _VOUCHERS: Final = "SELECT digest, amount, spent FROM voucher WHERE digest = ANY(%b)"
@@ -155,6 +159,9 @@ SELECT key, hours, counter, digest, value, gone_at FROM entry WHERE key = ANY(%b
 _SALES: Final = f"{till.SALE} WHERE voucher = ANY(%b)"
 _FOR_UPDATE: Final = " ORDER BY 1 FOR UPDATE"
 _RECORD: Final = """
+WITH spent AS (
+    INSERT INTO serial (serial, fingerprint) SELECT * FROM unnest(%b::bytea[], %b::bytea[])
+)
 INSERT INTO request (fingerprint, epoch, operation, outcome, delta, issued)
 SELECT * FROM unnest(%b::bytea[], %b::bigint[], %b::bigint[], %b::bigint[], %b::bigint[],
     %b::bytea[])
@@ -162,9 +169,6 @@ SELECT * FROM unnest(%b::bytea[], %b::bigint[], %b::bigint[], %b::bigint[], %b::
 _BLOB_ROWS: Final = """
 INSERT INTO blob (key, digest, blob)
 SELECT * FROM unnest(%b::bytea[], %b::bytea[], %b::bytea[])
-"""
-_SERIALS: Final = """
-INSERT INTO serial (serial, fingerprint) SELECT * FROM unnest(%b::bytea[], %b::bytea[])
 """
 _BOOKS: Final = """
 UPDATE books SET issued = issued + %b, charged = charged + %b, refunded = refunded + %b,
@@ -289,7 +293,7 @@ class _Sheet:
 
     def __init__(self) -> None:
         self._facts: dict[bytes, StoredFact] = {}
-        self._spenders: dict[bytes, bytes] = {}
+        self._leads_to: dict[bytes, bytes] = {}  # to a request: its fingerprint and its serials
         self._digests: dict[bytes, bytes] = {}
         self._blobs: dict[bytes, bytes] = {}
         self._vouchers: dict[bytes, tuple[int, bool]] = {}
@@ -301,11 +305,9 @@ class _Sheet:
         self._statements: list[tuple[str, tuple[object, ...]]] = []
 
     def fetch(self, connection: Connection, needs: _Needs, *, lock: bool) -> None:
-        """One round trip; one more for requests that only a serial of theirs tells of."""
+        """One round trip; one more if anything is known of a request."""
         more = _FOR_UPDATE if lock else ""
         wanted: list[tuple[str, set[bytes], Callable[..., None]]] = [
-            (_BY_FINGERPRINT, needs.fingerprints, self._add_fact),
-            (_SPENDERS, needs.serials, self._spenders.__setitem__),
             (_DIGESTS, needs.digests - needs.doomed, self._digests.__setitem__),
             (_DIGESTS + more, needs.doomed, self._digests.__setitem__),
             (_BLOBS, needs.blobs, self._blobs.__setitem__),
@@ -313,8 +315,12 @@ class _Sheet:
             (_SALES + more, needs.sales, self._add_sale),
             (_ENTRIES + more, needs.entries, self._add_entry),
         ]
-        asked = []
+        asked: list[tuple[psycopg.Cursor[tuple[Any, ...]], Callable[..., None]]] = []
         with connection.pipeline():
+            if needs.fingerprints:
+                names = list(needs.serials), list(needs.fingerprints)
+                known = connection.execute(_KNOWN, names, binary=True)
+                asked.append((known, self._leads_to.__setitem__))
             for query, keys, add in wanted:
                 if keys:
                     asked.append((connection.execute(query, (list(keys),), binary=True), add))
@@ -323,9 +329,9 @@ class _Sheet:
         for cursor, add in asked:
             for row in cursor.fetchall():
                 add(*row)
-        spenders = set(self._spenders.values()) - self._facts.keys()
-        if spenders:
-            for row in connection.execute(_BY_FINGERPRINT, (list(spenders),), binary=True):
+        if self._leads_to:
+            found = list(set(self._leads_to.values()))
+            for row in connection.execute(_FACTS, (found,), binary=True):
                 self._add_fact(*row)
 
     def _set_oldest(self, oldest: int) -> None:
@@ -351,8 +357,7 @@ class _Sheet:
 
     def known(self, fingerprint: bytes, serials: Sequence[bytes]) -> tuple[StoredFact, ...]:
         """See rules.Reading."""
-        spenders = [self._spenders[serial] for serial in serials if serial in self._spenders]
-        found = dict.fromkeys([fingerprint, *spenders])
+        found = dict.fromkeys(map(self._leads_to.get, (fingerprint, *serials)))
         return tuple(self._facts[one] for one in found if one in self._facts)
 
     def digest(self, key: bytes) -> bytes | None:
@@ -449,7 +454,8 @@ class _Sheet:
         """See rules.Tables."""
         fingerprint = transaction.fingerprint
         self._facts[fingerprint] = StoredFact(fingerprint, fact, transaction.issued)
-        self._spenders.update(dict.fromkeys(transaction.serials, fingerprint))
+        names = (fingerprint, *transaction.serials)
+        self._leads_to.update(dict.fromkeys(names, fingerprint))
         self._recorded.append((transaction, fact))
 
     def _later(self, statement: str, *parameters: object) -> None:
@@ -475,11 +481,10 @@ class _Sheet:
             for serial in transaction.serials
         )
         with connection.pipeline():
-            if serials:
-                connection.execute(_SERIALS, _columns(serials))
             if self._recorded:
-                rows = [_row(transaction, fact) for transaction, fact in self._recorded]
-                connection.execute(_RECORD, _columns(rows))
+                spent = _columns(serials) or ([], [])
+                rows = _columns(_row(transaction, fact) for transaction, fact in self._recorded)
+                connection.execute(_RECORD, (*spent, *rows))
             for statement, parameters in self._statements:
                 connection.execute(statement, parameters)
             if self._recorded:
