@@ -28,7 +28,8 @@ from hpkvfs.eager import Pending, Trio
 from hpkvfs.errors import DiskFull, EmptyWallet, HpkvError, Unreachable
 from hpkvfs.fs import acl
 from hpkvfs.fs.backend import Backend, run
-from hpkvfs.fs.filesystem import Changes, Filesystem
+from hpkvfs.fs.filesystem import Filesystem
+from hpkvfs.fs.inodes import Changes
 from hpkvfs.fs.shelf import SNAPSHOTS_INO, is_fleeting
 from hpkvfs.types import BlobRef, Missing
 from hpkvfs.volume.items import BLOCK, MAX_NAME, ROOT_INO, Inode

@@ -1,7 +1,7 @@
 """Mounting with a promise that libfuse 3.14 cannot make: FUSE_HANDLE_KILLPRIV_V2.
 
 A kernel that was promised that we take set-uid bits and capabilities from a file that changes
-does not ask for `security.capability` before each write (hpkvfs/fs/filesystem.py keeps it).
+does not ask for `security.capability` before each write (hpkvfs/fs/inodes.py keeps it).
 The promise belongs into the answer to INIT, the first request, which libfuse answers alone. So:
 
     fusermount3 mounts, and passes us the kernel's descriptor

@@ -23,7 +23,8 @@ import msgpack
 from hpkvfs.control import Progress
 from hpkvfs.errors import HpkvError, UserError
 from hpkvfs.fs.backend import run
-from hpkvfs.fs.filesystem import RENAME_EXCHANGE, Changes
+from hpkvfs.fs.filesystem import RENAME_EXCHANGE
+from hpkvfs.fs.inodes import Changes
 from hpkvfs.session import Session
 from hpkvfs.types import Missing
 from hpkvfs.volume.items import BLOCK, ROOT_INO, Inode

@@ -12,8 +12,9 @@ from hpkvfs import keep
 from hpkvfs.control import Progress, no_progress
 from hpkvfs.errors import HpkvError, UserError, VaultError
 from hpkvfs.fs.backend import run
-from hpkvfs.fs.filesystem import Filesystem, fail
+from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.shelf import SNAPSHOTS_INO, SNAPSHOTS_NAME, NoLog, Shelf
+from hpkvfs.fs.stack import fail
 from hpkvfs.parallel import each
 from hpkvfs.session import Session
 from hpkvfs.tree import diff

@@ -26,7 +26,8 @@ from typing import Final
 import trio
 
 from hpkvfs import threads
-from hpkvfs.fs.filesystem import Filesystem, fail
+from hpkvfs.fs.filesystem import Filesystem
+from hpkvfs.fs.stack import fail
 
 log = logging.getLogger(__name__)
 

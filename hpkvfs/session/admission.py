@@ -16,8 +16,9 @@ from typing import Final
 
 import trio
 
-from hpkvfs.fs.filesystem import Filesystem, fail
+from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.publisher import Publisher
+from hpkvfs.fs.stack import fail
 from hpkvfs.net.store import RemoteStore
 from hpkvfs.session.options import Options
 from hpkvfs.types import PAYLOAD_SIZE

@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from hpkvfs.fs.backend import Backend, run
-from hpkvfs.fs.filesystem import Changes
+from hpkvfs.fs.inodes import Changes
 from hpkvfs.volume.items import Inode
 from tests.fs.model import Model
 

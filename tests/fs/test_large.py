@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from hpkvfs.fs import filesystem
-from hpkvfs.fs.filesystem import Changes
+from hpkvfs.fs import inodes
+from hpkvfs.fs.inodes import Changes
 from hpkvfs.fs.layer import Effect, Put
 from hpkvfs.types import Missing
 from hpkvfs.volume import volume
@@ -167,15 +167,15 @@ async def test_sizes_that_no_generation_could_tell_are_refused_and_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All holes, so the tokens would not mind."""
-    monkeypatch.setattr(filesystem, "MAX_SUM", 3 * filesystem.MAX_SIZE)
+    monkeypatch.setattr(inodes, "MAX_SUM", 3 * inodes.MAX_SIZE)
     client = Machine(tmp_path).boot()
     fs = client.fs
     inos = [fs.make(1, b"%d" % n, stat.S_IFREG | 0o644, 0, 0).ino for n in range(4)]
     for ino in inos[:3]:
-        fs.setattr(ino, Changes(size=filesystem.MAX_SIZE))
+        fs.setattr(ino, Changes(size=inodes.MAX_SIZE))
     for refused, code in (
-        (lambda: fs.setattr(inos[0], Changes(size=filesystem.MAX_SIZE + 1)), errno.EFBIG),
-        (lambda: fs.write(inos[0], filesystem.MAX_SIZE, b"x"), errno.EFBIG),
+        (lambda: fs.setattr(inos[0], Changes(size=inodes.MAX_SIZE + 1)), errno.EFBIG),
+        (lambda: fs.write(inos[0], inodes.MAX_SIZE, b"x"), errno.EFBIG),
         (lambda: fs.setattr(inos[3], Changes(size=1)), errno.ENOSPC),
         (lambda: fs.write(inos[3], 0, b"x"), errno.ENOSPC),
     ):

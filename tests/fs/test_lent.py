@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpkvfs.fs.filesystem import Changes, Filesystem
+from hpkvfs.fs.filesystem import Filesystem
+from hpkvfs.fs.inodes import Changes
 from tests.fs.harness import Machine
 
 CAPABILITY = b"security.capability"

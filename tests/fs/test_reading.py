@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hpkvfs.cache import SLOT_SIZE, BlobCache
-from hpkvfs.fs.filesystem import Changes
+from hpkvfs.fs.inodes import Changes
 from hpkvfs.volume.items import BLOCK
 from hpkvfs.volume.volume import Volume
 from tests.examples import examples

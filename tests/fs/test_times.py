@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from hpkvfs.fs.filesystem import Changes
+from hpkvfs.fs.inodes import Changes
 from hpkvfs.volume.items import MAX_TIME, MIN_TIME, Inode
 from tests.fs.harness import Client, Machine
 

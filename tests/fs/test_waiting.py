@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpkvfs.errors import VaultError
-from hpkvfs.fs.filesystem import Changes
+from hpkvfs.fs.inodes import Changes
 from hpkvfs.volume.items import BLOCK
 from tests.fs.harness import Client, Machine
 
