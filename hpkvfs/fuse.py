@@ -66,18 +66,23 @@ class Adapter(pyfuse3.Operations):
     """Answers the kernel from a Backend."""
 
     supports_dot_lookup = True
-    enable_writeback_cache = True
     enable_acl = True
 
     def __init__(
-        self, backend: Backend, follows: bool, writeback: Writeback, pending: Pending
+        self,
+        backend: Backend,
+        follows: bool,
+        writeback: Writeback,
+        pending: Pending,
+        *,
+        caches_writes: bool,
     ) -> None:
         super().__init__()
         self._pending = pending
         self._backend = backend
         self._writeback = writeback
         self._follows = follows
-        self.enable_writeback_cache = not follows  # or the kernel would not believe in a new size
+        self.enable_writeback_cache = caches_writes
         self._fs = backend.fs
         self._reads: dict[int, _Reading] = {}
 
@@ -351,7 +356,8 @@ class Adapter(pyfuse3.Operations):
         return size
 
     def _write(self, ino: int, offset: int, data: bytes) -> int:
-        return self._fs.write(ino, offset, data, stamp=False)
+        # a kernel that holds what is written knows better when that was
+        return self._fs.write(ino, offset, data, stamp=not self.enable_writeback_cache)
 
     async def flush(self, fh: int) -> None:
         """See pyfuse3; nothing is held back, so the kernel need not ask again."""
@@ -475,7 +481,10 @@ async def serve(
         pending = Pending()
         vars(pyfuse3)["trio"] = Trio(pending) if shake is None else Trio(pending, shake.settle)
         where = mountpoint if shake is None else shake.path
-        pyfuse3.init(Adapter(backend, follows, writeback, pending), where, options)
+        # a kernel that does would not believe in another client's size; handshake.py has the rest
+        caches_writes = shake is not None and not follows
+        adapter = Adapter(backend, follows, writeback, pending, caches_writes=caches_writes)
+        pyfuse3.init(adapter, where, options)
         try:
             ready()
             await pyfuse3.main()

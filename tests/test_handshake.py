@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpkvfs.handshake import HANDLE_KILLPRIV_V2, mounted, promises, promising
+from hpkvfs.handshake import ATOMIC_O_TRUNC, HANDLE_KILLPRIV_V2, mounted, promises, promising
 
 
 def request(flags: int, opcode: int = 26) -> bytes:
@@ -35,6 +35,11 @@ def test_a_first_request_that_is_not_init_is_refused(raw: bytes) -> None:
 def test_the_answer_has_the_promise_and_is_else_what_libfuse_said() -> None:
     assert promising(answer(0x30), HANDLE_KILLPRIV_V2) == answer(0x30 | HANDLE_KILLPRIV_V2)
     assert promising(answer(0x30), 0) == answer(0x30)
+
+
+def test_no_file_is_truncated_by_opening_it() -> None:
+    """It would come back longer than it was left, if another program was writing to it."""
+    assert promising(answer(0x30 | ATOMIC_O_TRUNC), 0) == answer(0x30)
 
 
 def test_an_error_is_handed_on_as_it_is() -> None:
