@@ -108,6 +108,8 @@ class Stack:
         self.active = Layer()
         self.frozen: Layer | None = None
         self.next_ino = ROOT_INO
+        self.begun: Callable[[], None] = lambda: None
+        """Is called before the first change of those that are to be published together."""
         self._restack()
 
     # -- life cycle ------------------------------------------------------------------
@@ -224,6 +226,8 @@ class Stack:
             self._memo.inodes[inode.ino] = inode
 
     def _take(self, effects: list[Effect], record: Record) -> None:
+        if not self.active:
+            self.begun()
         for at, effect in enumerate(effects):
             self.active.apply(effect, record, at)
             ino = self._memo.note(effect)

@@ -14,7 +14,7 @@ class Options:
     memory: bytes that the process is to get by with; the caches of nodes and extents take three
     eighths of it, changes that wait to be published a quarter at most, the interpreter and what is
     under way the rest;
-    publish_interval: seconds between generations while something changes; remote_durability:
+    publish_interval: seconds from the first change to a new generation; remote_durability:
     fsync waits for the server; log_limit: bytes of changes, those of names and attributes too,
     that may wait in the log to be published; patience: seconds to try each request; spread:
     seconds over which each step of a publication is drawn out;

@@ -93,7 +93,9 @@ class Session:
         self._flush = GroupFlush(fs)
         self._connected = False
         self._connecting = trio.Lock()
-        self._wake = trio.Event()
+        self._stir = trio.Event()
+        self._hurried = False
+        fs.begun = lambda: self._stir.set()
         self._prefetches: trio.Nursery | None = None
         next_id = volume.known.anchor.next_id if volume.known else BlobId(0)
         scatter = _scatter(rng, options.spread)
@@ -284,9 +286,7 @@ class Session:
     async def _publish_regularly(self) -> None:
         pause = self.options.publish_interval
         while True:
-            with trio.move_on_after(pause):
-                await self._wake.wait()
-            self._wake = trio.Event()
+            await self._due(pause)
             pause = self.options.publish_interval
             if not self.publisher.pending and self._connected:
                 continue
@@ -297,8 +297,23 @@ class Session:
                 pause = max(5.0, pause)
                 await trio.sleep(min(1.0, pause))
 
+    async def _due(self, interval: float) -> None:
+        """Return when what was changed first has waited for so long, or somebody is in a hurry.
+
+        Counted from the first change: what is written in one go is one generation, as a rule.
+        """
+        while not self._hurried:
+            self._stir = trio.Event()
+            waits = self.publisher.pending or not self._connected
+            with trio.move_on_after(interval) as timer:
+                await self._stir.wait()
+            if timer.cancelled_caught and waits:
+                break
+        self._hurried = False
+
     def _hurry(self) -> None:
-        self._wake.set()
+        self._hurried = True
+        self._stir.set()
 
     async def publish(self, progress: Progress = lambda done, total: None) -> None:
         """Publish all changes so far; StoreError, SecondWriter."""

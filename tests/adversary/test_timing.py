@@ -197,6 +197,34 @@ async def test_without_it_one_moment_has_them_all(
     assert len(set(diary.times(DeleteRequest))) == 1
 
 
+async def test_a_generation_begins_an_interval_after_its_first_change(
+    mock_clock: MockClock, watched: tuple[Vault, Diary]
+) -> None:
+    """Not whenever an interval is over, counted from the start or from a publication by command."""
+    made, diary = watched
+    async with made.session(patience=FOR_EVER) as opened, trio.open_nursery() as nursery:
+        interval = opened.options.publish_interval
+        await opened.connect()
+        await play(opened, ("file", (b"f",)))
+        await opened.publish()
+        nursery.start_soon(opened.keep_going)
+        for pause in (0.7 * interval, 1.3 * interval, 0.4 * interval):
+            async with time_passes(mock_clock, opened, diary, step=0.05 * interval):
+                await trio.sleep(pause)
+                diary.arrivals.clear()
+                first = trio.current_time()
+                await play(opened, ("write", (b"f",), 0, b"first"))
+                await trio.sleep(0.5 * interval)
+                await play(opened, ("write", (b"f",), 0, b"second"))
+                await trio.sleep(1.2 * interval)
+            assert not opened.publisher.pending
+            came = [at - first for at in diary.times(InsertRequest)]
+            assert interval <= min(came) <= max(came) < 1.2 * interval
+            await play(opened, ("write", (b"f",), 0, b"by command"))
+            await opened.publish()
+        nursery.cancel_scope.cancel()
+
+
 async def key_in_common(watched: tuple[Vault, Diary]) -> int:
     """How many keys came in more than one of a session's publications, but the first."""
     made, diary = watched
@@ -228,7 +256,9 @@ async def test_who_looks_for_others_before_each_anchor_chains_them(
 
 
 @asynccontextmanager
-async def time_passes(clock: MockClock, session: Session, diary: Diary) -> AsyncIterator[None]:
+async def time_passes(
+    clock: MockClock, session: Session, diary: Diary, step: float = STEP
+) -> AsyncIterator[None]:
     """By steps, whenever nobody has anything to do. (autojump would go on to the end of FOR_EVER
     while a thread writes to a disk.)"""
 
@@ -236,7 +266,7 @@ async def time_passes(clock: MockClock, session: Session, diary: Diary) -> Async
         while True:
             await trio.testing.wait_all_tasks_blocked(0.002)
             if not diary.at_once and session._journal._committing is None:
-                clock.jump(STEP)
+                clock.jump(step)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(jump)
