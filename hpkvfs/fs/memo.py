@@ -3,7 +3,8 @@
 Invariants
   - what is here equals what the view would give: every effect is told to `note`;
   - it belongs to one state of what lies below, and is empty when that is another one (so it does
-    not matter who publishes, or follows, a generation).
+    not matter who publishes, or follows, a generation), unless `move` was told that it shows the
+    same.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Memo:
             self.clear()
             self._state = state
         return self
+
+    def move(self, before: object, after: object) -> None:
+        """One state of what lies below gives way to another, in which the view shows the same."""
+        if self._state is before:
+            self._state = after
 
     def clear(self) -> None:
         """Forget everything."""

@@ -303,6 +303,8 @@ class Publisher:
 
     async def _complete(self, attempt: _Attempt, known: Known) -> None:
         await self._records.save_known(known)
+        other = attempt.snapshots is not None or self.rewrite is not None
+        before = None if other else self._fs.base
         self._volume.known = known
         self._sure = self._clock()
         self.next_id = known.anchor.next_id
@@ -312,7 +314,7 @@ class Publisher:
         if attempt.snapshots is not None:
             self.create = [name for name in self.create if name not in attempt.snapshots.create]
             self.delete -= attempt.snapshots.delete
-        self._fs.published(self._covered)
+        self._fs.published(self._covered, before)
         self._attempt = None
         self._records.settle(attempt.mark)
         log.info("generation %d published", known.anchor.generation)

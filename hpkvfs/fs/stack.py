@@ -133,8 +133,18 @@ class Stack:
         self._restack()
         return covered
 
-    def published(self, covered: int) -> None:
-        """The frozen layer is now in the tree below: forget it, and its log."""
+    @property
+    def base(self) -> object:
+        """The state of the tree below: another object when something in it is another."""
+        return self._below.state
+
+    def published(self, covered: int, before: object = None) -> None:
+        """The frozen layer is now in the tree below: forget it, and its log.
+
+        before: what `base` was, if nothing else came into the tree with it.
+        """
+        if before is not None:
+            self._memo.move(before, self._below.state)
         if self.frozen is not None:
             size, files = self._base
             self._base = (size + self.frozen.usage_bytes, files + self.frozen.usage_files)
