@@ -38,8 +38,8 @@ from pathlib import Path
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
+from hpkvfs.aead import CIPHERS, has_aes
 from hpkvfs.types import OPENED_SIZE, PAYLOAD_SIZE, BlobRef
 
 _HEADER: Final = struct.Struct(">8sIII")
@@ -53,16 +53,7 @@ _REST: Final = OPENED_SIZE - PAYLOAD_SIZE
 _BODY: Final = _NONCE + PAYLOAD_SIZE + _TAG
 _SEALED: Final = _BODY + _REST + _TAG
 SLOT_SIZE: Final = _NAME + _SEALED
-_CIPHERS: Final = (ChaCha20Poly1305, AESGCM)
 _NAMES_AT_HAND: Final = 4_096
-
-
-def has_aes() -> bool:
-    """Whether this processor has instructions for AES."""
-    try:
-        return b"aes" in Path("/proc/cpuinfo").read_bytes().split()
-    except OSError:
-        return False
 
 
 class BlobCache:
@@ -90,7 +81,7 @@ class BlobCache:
         self._name_key = hmac.digest(key, b"name", hashlib.sha256)
         self._name = lru_cache(_NAMES_AT_HAND)(self._make_name)
         self._number = int(has_aes() if aes is None else aes)
-        cipher = _CIPHERS[self._number]
+        cipher = CIPHERS[self._number]
         self._body = cipher(hmac.digest(key, b"payload", hashlib.sha256))
         self._rest = cipher(hmac.digest(key, b"rest", hashlib.sha256))
         self._rng = rng

@@ -3,9 +3,10 @@
 Files `redo.N`, N counting up; a published anchor says up to which N it covers. A file:
 
     "HPKVREDO" version(1) number(8) previous(8) records(4) salt(16), then records
-    record: u32 length || ChaCha20-Poly1305(key, nonce = record index, msgpack [effect, ...])
+    record: u32 length || seal(key, nonce = record index, msgpack [effect, ...])
     then zeros, to the end of what was written ahead
     key = HMAC-SHA256(redo key, header)
+    seal: ChaCha20-Poly1305 in version 2, AES-256-GCM in version 3, whichever is quicker (aead.py)
 
 `previous` is the file that had the record before this file's first, `records` how many it had.
 
@@ -36,15 +37,17 @@ from typing import Any
 
 import msgpack
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from hpkvfs.aead import CIPHERS, Cipher, has_aes
 from hpkvfs.errors import NewerFormat, VaultError
 from hpkvfs.fs.layer import Cut, Effect, Gone, Put, Usage, Write
 
 log = logging.getLogger(__name__)
 
 _MAGIC = b"HPKVREDO"
-_VERSION = 2
+_FIRST_VERSION = 2
+_VERSIONS = range(_FIRST_VERSION, _FIRST_VERSION + len(CIPHERS))
+"""One for each cipher."""
 _HEADER = struct.Struct(">8sBQQI16s")
 _LENGTH = struct.Struct(">I")
 _ZEROS = bytes(1 << 17)
@@ -72,14 +75,23 @@ class Record:
 class RedoLog:
     """Append-only, encrypted, in numbered files of one directory."""
 
-    def __init__(self, directory: Path, key: bytes, rng: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        key: bytes,
+        rng: Callable[[int], bytes],
+        *,
+        aes: bool | None = None,
+    ) -> None:
+        """`aes`: seal with AES; by default if the processor has instructions for it."""
         self._directory = directory
+        self._version = _VERSIONS[has_aes() if aes is None else aes]
         self._key = key
         self._rng = rng
         self._fd: int | None = None
         self._retired: dict[int, int] = {}
         self._safe: set[int] = set()  # of those, on the disk
-        self._ciphers: dict[int, ChaCha20Poly1305] = {}
+        self._ciphers: dict[int, Cipher] = {}
         self._again: tuple[Record | None, list[Effect]] = None, []
         self._records = 0
         self._size = 0
@@ -222,7 +234,7 @@ class RedoLog:
         path = self._path(self.number)
         salt = self._rng(16)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        header = _HEADER.pack(_MAGIC, _VERSION, self.number, *self._last, salt)
+        header = _HEADER.pack(_MAGIC, self._version, self.number, *self._last, salt)
         fd = os.open(path, flags, 0o600)
         try:
             if os.write(fd, header) < len(header):
@@ -235,8 +247,9 @@ class RedoLog:
         self._fd, self._ciphers[self.number] = fd, self._cipher_of(header)
         self._records, self._size, self._zeroed = 0, len(header), len(header)
 
-    def _cipher_of(self, header: bytes) -> ChaCha20Poly1305:
-        return ChaCha20Poly1305(hmac.digest(self._key, header, hashlib.sha256))
+    def _cipher_of(self, header: bytes) -> Cipher:
+        kind = CIPHERS[header[len(_MAGIC)] - _FIRST_VERSION]
+        return kind(hmac.digest(self._key, header, hashlib.sha256))
 
     def _adopt(self, number: int) -> None:
         """What an earlier process wrote and did not sync is from now on synced with the rest."""
@@ -274,9 +287,9 @@ class RedoLog:
         magic, version, found, *before, _ = _HEADER.unpack_from(raw)
         if magic != _MAGIC:
             raise VaultError(f"redo log {number} is not one of this vault's")
-        if version > _VERSION:
+        if version >= _VERSIONS.stop:
             raise NewerFormat(f"redo log {number} was written by a newer hpkvfs")
-        if version < _VERSION or found != number:
+        if version not in _VERSIONS or found != number:
             raise VaultError(f"redo log {number} is not one that this hpkvfs can read")
         if before[0] <= covered or tuple(before) == self._last:
             return True

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from hpkvfs.errors import VaultError
+from hpkvfs.errors import NewerFormat, VaultError
 from hpkvfs.fs.layer import Gone
 from hpkvfs.fs.redolog import RedoLog
 
 KEY = bytes(range(32))
 
 
-def opened(directory: Path) -> RedoLog:
-    return RedoLog(directory, KEY, secrets.token_bytes)
+def opened(directory: Path, aes: bool | None = None) -> RedoLog:
+    return RedoLog(directory, KEY, secrets.token_bytes, aes=aes)
 
 
 def replayed(directory: Path, covered: int = 0) -> list[int]:
@@ -24,9 +24,9 @@ def replayed(directory: Path, covered: int = 0) -> list[int]:
     return [effect.ino for effect in found if isinstance(effect, Gone)]
 
 
-def written(directory: Path, *files: range) -> None:
+def written(directory: Path, *files: range, aes: bool | None = None) -> None:
     """A log of so many files, each with its records."""
-    log = opened(directory)
+    log = opened(directory, aes)
     list(log.replay(0))
     for records in files:
         for number in records:
@@ -40,6 +40,38 @@ def test_records_come_back_in_order_over_restarts(tmp_path: Path) -> None:
     written(tmp_path, range(5, 9))
     assert replayed(tmp_path) == list(range(9))
     assert replayed(tmp_path, covered=1) == list(range(3, 9))
+
+
+def test_a_log_goes_on_on_a_machine_that_prefers_another_cipher(tmp_path: Path) -> None:
+    written(tmp_path, range(3), aes=False)
+    written(tmp_path, range(3, 5), aes=True)
+    written(tmp_path, range(5, 9), aes=False)
+    versions = [path.read_bytes()[8] for path in sorted(tmp_path.iterdir())]
+    assert versions == [2, 3, 2]
+    assert replayed(tmp_path) == list(range(9))
+
+
+@pytest.mark.parametrize("aes", [False, True])
+def test_a_record_that_was_changed_ends_its_file(tmp_path: Path, aes: bool) -> None:
+    written(tmp_path, range(3), aes=aes)
+    (path,) = tmp_path.iterdir()
+    raw = bytearray(path.read_bytes())
+    raw[-(len(raw) - len(raw.rstrip(b"\0"))) - 1] ^= 1
+    path.write_bytes(raw)
+    assert replayed(tmp_path) == [0, 1]
+
+
+@pytest.mark.parametrize(("version", "error"), [(4, NewerFormat), (1, VaultError)])
+def test_a_file_of_another_version_is_told(
+    tmp_path: Path, version: int, error: type[VaultError]
+) -> None:
+    written(tmp_path, range(3))
+    (path,) = tmp_path.iterdir()
+    raw = bytearray(path.read_bytes())
+    raw[8] = version
+    path.write_bytes(raw)
+    with pytest.raises(error):
+        replayed(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
