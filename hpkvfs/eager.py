@@ -89,11 +89,17 @@ class _LowLevel:
     def __init__(self, settle: Callable[[], None], pending: Pending) -> None:
         self._last_turn = 0.0
         self._misses = 0
+        self._closing = False
         self._settle = settle
         self._pending = pending
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
+
+    def notify_closing(self, fd: int) -> None:
+        """As trio's, and for one who does not wait there just now."""
+        self._closing = True
+        trio.lowlevel.notify_closing(fd)
 
     async def wait_readable(self, fd: int) -> None:
         """Return when there is something to read; ClosedResourceError when it is closed."""
@@ -103,6 +109,8 @@ class _LowLevel:
         if polled and await self._poll(fd, start):
             self._misses = 0
             return
+        if self._closing:
+            raise trio.ClosedResourceError("closed while it was polled")
         await trio.lowlevel.wait_readable(fd)
         self._last_turn = time.monotonic()
         if self._last_turn - start < LINGER:

@@ -107,6 +107,23 @@ async def test_nothing_is_polled_while_an_answer_waits(
     assert polls
 
 
+async def test_a_descriptor_that_is_closed_while_it_is_polled_ends_the_wait(
+    line: tuple[socket.socket, socket.socket],
+) -> None:
+    """In the turn of the loop that others get meanwhile: of two that are due, trio draws one."""
+    _, ours = line
+    for _ in range(20):
+        eager = Trio(Pending())
+
+        async def close(eager: Trio = eager) -> None:
+            eager.lowlevel.notify_closing(ours.fileno())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(close)
+            with trio.fail_after(SECONDS), pytest.raises(trio.ClosedResourceError):
+                await eager.lowlevel.wait_readable(ours.fileno())
+
+
 async def test_a_closed_descriptor_ends_the_wait(
     line: tuple[socket.socket, socket.socket],
 ) -> None:
