@@ -5,7 +5,7 @@ three turns of trio's loop and two changes to its epoll set, which cost more tha
 answers do. A program that has just been answered usually asks again within microseconds; so
 after each answer the descriptor is polled for a moment, and only when nothing comes does the
 task wait as trio would have it. pyfuse3 lets its event loop be replaced (that is how it runs
-under asyncio); `Trio` here is trio, but for these two calls.
+under asyncio); `Trio` here is trio, but for these two calls and the end of the second.
 
 It is polled awake. A program that makes one request after another takes turns with us, and if
 both sleep in turn, each request wakes two processors; in a virtual machine that takes longer than

@@ -304,7 +304,7 @@ class Publisher:
     async def _complete(self, attempt: _Attempt, known: Known) -> None:
         await self._records.save_known(known)
         other = attempt.snapshots is not None or self.rewrite is not None
-        before = None if other else self._fs.base
+        before = None if other else self._fs.state
         self._volume.known = known
         self._sure = self._clock()
         self.next_id = known.anchor.next_id

@@ -134,14 +134,14 @@ class Stack:
         return covered
 
     @property
-    def base(self) -> object:
+    def state(self) -> object:
         """The state of the tree below: another object when something in it is another."""
         return self._below.state
 
     def published(self, covered: int, before: object = None) -> None:
         """The frozen layer is now in the tree below: forget it, and its log.
 
-        before: what `base` was, if nothing else came into the tree with it.
+        before: what `state` was, if nothing else came into the tree with it.
         """
         if before is not None:
             self._memo.move(before, self._below.state)

@@ -68,7 +68,7 @@ async def test_another_state_in_between_is_not_taken_for_the_same(tmp_path: Path
     client.volume.known = gone  # followed
     client.fs.make(1, b"another", FILE, 0, 0)
     client.fs.freeze()
-    before = client.fs.base
+    before = client.fs.state
     client.fs.published(1, before)
     with pytest.raises(FileNotFoundError):
         await client.do(client.fs.lookup, 1, name)
