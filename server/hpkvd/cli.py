@@ -96,8 +96,8 @@ def init(
     url = ledger_url(data, config)
     urls.sqlite_path(url)  # say now if it is none
     _make_empty(data)
+    urls.create(url)  # first: what most often fails leaves nothing behind it to be cleared away
     identity_file.create(data / settings.IDENTITY, secrets.token_bytes)
-    urls.create(url)
     first = epoch_files.first_epoch(config.tariff, secrets.token_bytes)
     epoch_files.save(data / settings.EPOCHS, first)
     (data / settings.FILE).write_text(config.render())

@@ -22,11 +22,12 @@ FILE: Final = "hpkvd.toml"
 LEDGER: Final = "ledger.sqlite"
 EPOCHS: Final = "epochs"
 IDENTITY: Final = "identity"
+UNIX: Final = "unix:"  # before the path of a socket, where else HOST:PORT is
 
 TEMPLATE: Final = """\
 # hpkvd: settings, read when the server starts.
 
-# Where to listen. Keep it on loopback, behind a Tor onion service.
+# Where to listen: HOST:PORT, or unix:PATH. Keep it on loopback, behind a Tor onion service.
 listen = "{listen}"
 
 # Processes that answer; 0: as many as there are cores.
@@ -167,7 +168,8 @@ def _config(table: dict[str, Any]) -> Config:
         lightning=_section(table, "lightning", defaults.lightning),
     )
     _refuse_rest(table)
-    address(config.listen)
+    if not config.listen.startswith(UNIX):
+        address(config.listen)
     if config.log not in ("text", "json"):
         raise ConfigError('`log` must be "text" or "json"')
     if config.workers < 0 or config.max_gib < 0:

@@ -73,10 +73,23 @@ def migrate(source: str, target: str, progress: Progress) -> None:
     if source == target:
         raise LedgerError("source and target are the same ledger")
     with in_use(source, alone=True):
-        with closing(rows_of(source)) as rows, _filled(target) as copied:
-            copy(rows, copied, progress)
-            compare(rows, copied)  # once more, with what is there now
+        if _is_there(target):
+            with closing(rows_of(source)) as rows, closing(rows_of(target)) as copied:
+                compare(rows, copied)  # an earlier try ended before it retired the source
+        else:
+            with closing(rows_of(source)) as rows, _filled(target) as copied:
+                copy(rows, copied, progress)
+                compare(rows, copied)  # once more, with what is there now
         _retire(source)
+
+
+def _is_there(url: str) -> bool:
+    """Whether a ledger that can be served is there."""
+    try:
+        urls.open_ledger(url).close()
+    except LedgerError:
+        return False
+    return True
 
 
 @contextmanager
@@ -110,15 +123,13 @@ def _filled_file(path: Path) -> Iterator[Rows]:
 
 
 def _is_filling(url: str) -> bool:
+    if _is_there(url):
+        raise LedgerError("the target has a ledger already")
     try:
-        urls.open_ledger(url).close()
+        with closing(_postgresql(url)) as rows:
+            return rows.state() == "filling"
     except LedgerError:
-        try:
-            with closing(_postgresql(url)) as rows:
-                return rows.state() == "filling"
-        except LedgerError:
-            return False
-    raise LedgerError("the target has a ledger already")
+        return False
 
 
 def _retire(url: str) -> None:
@@ -157,7 +168,6 @@ def restore(saved: Path, data: Path, url: str, progress: Progress) -> None:
     if not path.is_file():
         raise LedgerError(f"{saved} is no backup made by `hpkvd backup`")
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _copy_keys(saved, data)
     target = urls.sqlite_path(url)
     if target is None:
         with closing(SqliteRows(path)) as rows, _filled(url) as copied:
@@ -166,6 +176,7 @@ def restore(saved: Path, data: Path, url: str, progress: Progress) -> None:
         raise LedgerError(f"{target} exists already")
     else:
         _copy_file(path, target, progress)
+    _copy_keys(saved, data)  # last: until then it can be run again
 
 
 def _copy_file(source: Path, target: Path, progress: Progress) -> None:

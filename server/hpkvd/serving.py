@@ -1,12 +1,13 @@
 """One process that answers: the listeners, the handler, the ledger's writer, from start to drain.
 
-It runs alone (`hpkvd serve --workers 1`) or as one of several workers under supervisor.py; they
+It runs alone (`hpkvd serve --workers 0`) or as one of several workers under supervisor.py; they
 share the listening sockets, so a connection that waits in the kernel is taken by whoever has
 time, and outlives the death of any of them.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import socket
@@ -70,10 +71,14 @@ def bind(address: Address) -> list[socket.socket]:
 
 
 def bind_unix(path: Path) -> socket.socket:
-    """A listening Unix socket of its owner alone, in the place of one left over; OSError."""
-    path.unlink(missing_ok=True)
+    """A listening Unix socket of its owner alone, in the place of one left over; OSError.
+
+    EADDRINUSE when what is there is another server's, or no socket.
+    """
     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        if _is_left_over(path):
+            path.unlink()
         one.bind(str(path))
         path.chmod(0o600)
         one.listen(socket.SOMAXCONN)
@@ -81,6 +86,16 @@ def bind_unix(path: Path) -> socket.socket:
         one.close()
         raise
     return one
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether there is something, which is a socket that nobody listens on; OSError."""
+    if not os.path.lexists(path):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+        if path.is_socket() and caller.connect_ex(str(path)) == errno.ECONNREFUSED:
+            return True
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def name(listening: socket.socket) -> str:

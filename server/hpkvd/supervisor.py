@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -119,9 +119,8 @@ class Supervisor:
             for old in [one for one in self._workers if not one.retired]:
                 if self._stopping:
                     return
-                new = await self._start()
-                await _either(new.ready, new.ended)
-                if not new.ready.is_set():
+                new = await self._start_anew()
+                if new is None or not new.ready.is_set():
                     log.tell("a new worker could not start; the old ones go on as they are")
                     return
                 # One that died meanwhile has been replaced already.
@@ -138,7 +137,8 @@ class Supervisor:
 
     async def _start(self, pause: float = FIRST_PAUSE) -> _Worker:
         ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-        with theirs:
+        with theirs, ExitStack() as unless_started:
+            unless_started.callback(ours.close)
             fds = [one.fileno() for one in self._sockets]
             arguments = [*_option("--socket", fds), *_option("--channel", [theirs.fileno()])]
             process = await trio.lowlevel.open_process(
@@ -147,6 +147,7 @@ class Supervisor:
                 pass_fds=[*fds, theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the parent, which tells them to stop
             )
+            unless_started.pop_all()
         channel = trio.socket.from_stdlib_socket(ours)
         worker = _Worker(process, channel, trio.current_time(), pause)
         self._workers.append(worker)
@@ -178,11 +179,20 @@ class Supervisor:
             pause = min(2 * pause, LONGEST_PAUSE)
             if self._stopping:
                 return
-            new = await self._start(pause)
-            await _either(new.ready, new.ended)
-            if new.ready.is_set() or new.retired:
+            new = await self._start_anew(pause)
+            if new is not None and (new.ready.is_set() or new.retired):
                 return
             log.tell(f"the new worker could not start; trying again in {pause:g} s")
+
+    async def _start_anew(self, pause: float = FIRST_PAUSE) -> _Worker | None:
+        """A worker that answers or has ended; None when the machine has no room for a process."""
+        try:
+            new = await self._start(pause)
+        except OSError as error:
+            log.tell(f"no process can be started ({error.strerror})")
+            return None
+        await _either(new.ready, new.ended)
+        return new
 
     async def _listen(self, worker: _Worker) -> None:
         """What it tells, until it ends; kill it if it only falls silent."""
@@ -263,7 +273,12 @@ def _option(name: str, fds: Sequence[int]) -> list[str]:
 
 
 def _cause(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # most real-time signals have no name
+        return f"killed by signal {-code}"
 
 
 def command(*arguments: str) -> list[str]:

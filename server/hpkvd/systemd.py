@@ -27,7 +27,10 @@ def notify(*states: str) -> None:
 
 
 def take_sockets(environment: MutableMapping[str, str] = os.environ) -> list[socket.socket]:
-    """The listening sockets we were started with; told once, and not to our children."""
+    """The listening sockets we were started with; told once, and not to our children.
+
+    OSError, ValueError: what was passed are none.
+    """
     count, pid = environment.pop("LISTEN_FDS", "0"), environment.pop("LISTEN_PID", "")
     environment.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()):

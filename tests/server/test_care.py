@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from hpkvd import custody
-from hpkvd.ledger import LedgerError
+from hpkvd.ledger import LedgerError, urls
 from hpkvd.ledger.rows import SqliteRows, copy
 from hpkvd.ledger.sqlite import SqliteLedger
 from hpkvfs.protocol.messages import Done, Outcome, Spent
+from tests.ports import own_port
 from tests.server.customers import funded, status
 from tests.server.ledgers import fund, insert, opened, transaction
 from tests.server.postgres import PASSWORD, Cluster
@@ -217,6 +218,63 @@ async def test_moving_that_was_cut_short_goes_on(tmp_path: Path, cluster: Cluste
     async with opened(target) as ledger:
         assert ledger.totals() == before
         assert await ledger.read(insert("3").key) == insert("3").blob
+
+
+async def test_moving_that_ended_before_the_old_ledger_was_disabled_goes_on(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = f"sqlite://{tmp_path}/ledger.sqlite", cluster.new_url()
+    SqliteLedger.create(tmp_path / "ledger.sqlite")
+    async with opened(source) as ledger:
+        await fund(ledger)
+
+    class Killed(Exception):
+        pass
+
+    def killed(_: str) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(custody, "_retire", killed)
+        custody.migrate(source, target, lambda done, total: None)
+    other = f"sqlite://{tmp_path}/other.sqlite"
+    SqliteLedger.create(tmp_path / "other.sqlite")
+    with pytest.raises(LedgerError, match="not the original"):  # nor is another one disabled
+        custody.migrate(other, target, lambda done, total: None)
+    async with opened(other):
+        pass
+    custody.migrate(source, target, lambda done, total: None)
+    with pytest.raises(LedgerError, match="moved elsewhere"):
+        async with opened(source):
+            pass
+    async with opened(target):
+        pass
+
+
+def test_a_restoration_that_failed_can_be_tried_again(tmp_path: Path) -> None:
+    saved, data = tmp_path / "saved", tmp_path / "data"
+    assert hpkvd("init", data=tmp_path / "old").returncode == 0
+    assert hpkvd("backup", str(saved), data=tmp_path / "old").returncode == 0
+    away = f"postgresql://keeper@127.0.0.1:{own_port()}/x"
+    failed = hpkvd("restore", "--yes", "--ledger", away, str(saved), data=data)
+    assert failed.returncode == os.EX_TEMPFAIL
+    assert hpkvd("restore", "--yes", str(saved), data=data).returncode == 0
+    assert hpkvd("check", data=data).returncode == 0
+
+
+async def test_a_server_whose_database_was_away_does_not_go_on_with_a_ledger_that_moved(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    url = cluster.new_url()
+    urls.create(url)
+    async with opened(url) as ledger:
+        await fund(ledger)
+        cluster.stop()
+        cluster.start()
+        custody.migrate(url, f"sqlite://{tmp_path}/there.sqlite", lambda done, total: None)
+        for _ in range(2):
+            with pytest.raises(LedgerError, match="moved elsewhere"):
+                await ledger.apply(transaction("late", None, "s1", "s2"))
 
 
 async def test_a_copy_that_differs_is_not_taken_for_the_original(tmp_path: Path) -> None:

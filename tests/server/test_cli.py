@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ from click.testing import CliRunner, Result
 from hpkvd import config
 from hpkvd.cli import main
 from hpkvd.config import Config, ConfigError
+from hpkvd.serving import bind_unix
 from hpkvfs.protocol.tariff import Tariff
 from hpkvfs.protocol.voucher import Voucher
+from tests.ports import own_port
+from tests.server.support import ROOT, hpkvd
 
 
 def run(*arguments: str) -> Result:
@@ -169,6 +174,63 @@ def test_an_address_in_use_is_told_of(data: Path) -> None:
     assert result.exit_code == os.EX_UNAVAILABLE
     assert address in result.output
     assert "--listen" in result.output
+
+
+def test_what_cannot_be_made_leaves_nothing_in_the_way_of_the_next_try(tmp_path: Path) -> None:
+    away = f"postgresql://keeper@127.0.0.1:{own_port()}/x"
+    failed = hpkvd("init", "--ledger", away, data=tmp_path / "new")
+    assert failed.returncode == os.EX_TEMPFAIL
+    assert "are its URL, user and password right?" in failed.stderr
+    assert hpkvd("init", data=tmp_path / "new").returncode == 0
+
+
+@pytest.mark.parametrize("url", ["mysql://there", "postgresql://[there/x", "ledger.sqlite"])
+def test_what_names_no_ledger_is_a_wrong_setting(tmp_path: Path, url: str) -> None:
+    result = hpkvd("init", "--ledger", url, data=tmp_path / "new")
+    assert result.returncode == os.EX_CONFIG
+    assert result.stderr == (
+        "hpkvd: a ledger is written as sqlite:///DIR/FILE or postgresql://USER@HOST/DATABASE\n"
+    )
+
+
+def test_a_socket_takes_the_place_of_one_left_over_and_of_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    bind_unix(path).close()
+    with bind_unix(path), pytest.raises(OSError, match="in use"):
+        bind_unix(path)  # another server's
+    path.unlink()
+    path.write_text("precious")
+    with pytest.raises(OSError, match="in use"):
+        bind_unix(path)
+    assert path.read_text() == "precious"
+
+
+def test_the_settings_can_name_a_socket(data: Path, tmp_path: Path) -> None:
+    file = data / "hpkvd.toml"
+    file.write_text(file.read_text().replace("127.0.0.1:7387", f"unix:{tmp_path}/socket"))
+    assert config.load(data).listen == f"unix:{tmp_path}/socket"
+    (tmp_path / "socket").write_text("")
+    refused = hpkvd("serve", "--workers", "0", data=data)
+    assert refused.returncode == os.EX_UNAVAILABLE
+    assert f"cannot listen on unix:{tmp_path}/socket (Address already in use)" in refused.stderr
+
+
+@pytest.mark.parametrize("count", ["x", "90"])
+def test_what_a_service_manager_passes_and_is_no_socket_is_one_sentence(
+    data: Path, count: str
+) -> None:
+    script = (
+        "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid());"
+        "os.execv(sys.executable, [sys.executable, '-m', 'hpkvd', 'serve', '--data', sys.argv[1]])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(data)],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'server'}", "LISTEN_FDS": count},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == os.EX_CONFIG
+    assert result.stderr.count("\n") == 1
+    assert "$LISTEN_FDS" in result.stderr
 
 
 def test_a_secret_that_is_not_its_epochs_is_refused(data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,8 +13,9 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -150,6 +152,86 @@ async def test_a_worker_that_falls_silent_is_ended_and_replaced(
             stop.set()
     assert parent.workers == 0
     assert parent.board.total()["stubs"] >= 2
+
+
+DOOMED = STUB.replace("signal.pause()", "os.kill(os.getpid(), 40)")
+
+
+async def test_a_worker_that_keeps_dying_is_replaced_ever_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hpkvd")
+    pauses: list[float] = []
+    start = Supervisor._start
+
+    async def recorded(parent: Supervisor, pause: float = supervisor.FIRST_PAUSE) -> Any:
+        pauses.append(pause)
+        return await start(parent, pause)
+
+    monkeypatch.setattr(Supervisor, "_start", recorded)
+    monkeypatch.setattr(supervisor, "LONGEST_PAUSE", 0.3)
+    parent = Supervisor([sys.executable, "-c", DOOMED], [], 1, stop_seconds=5)
+    await _run_until(parent, lambda: len(pauses) == 5)
+    assert pauses == [0.1, 0.2, 0.3, 0.3, 0.3]
+    assert "a worker ended (killed by signal 40); starting another" in caplog.text
+
+
+async def test_without_room_for_another_process_the_parent_goes_on_and_tries_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hpkvd")
+    parent = Supervisor([sys.executable, "-c", STUB], [], 2, stop_seconds=5)
+    open_process, refused = trio.lowlevel.open_process, 0
+
+    async def full(*arguments: Any, **options: Any) -> Any:
+        nonlocal refused
+        if parent.board.died and refused < 3:
+            refused += 1
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return await open_process(*arguments, **options)
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", full)
+
+    async def kill_one() -> None:
+        parent._workers[0].process.kill()
+
+    await _run_until(parent, lambda: refused == 3 and parent.workers == 2, kill_one)
+    assert "no process can be started (Resource temporarily unavailable)" in caplog.text
+
+
+async def test_without_room_for_another_process_reloading_leaves_the_workers_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hpkvd")
+    parent = Supervisor([sys.executable, "-c", STUB], [], 1, stop_seconds=5)
+
+    async def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    async def reload() -> None:
+        monkeypatch.setattr(trio.lowlevel, "open_process", full)
+        before = list(parent._workers)
+        await parent.reload()
+        assert parent._workers == before
+
+    await _run_until(parent, lambda: True, reload)
+    assert "the old ones go on as they are" in caplog.text
+
+
+async def _run_until(
+    parent: Supervisor,
+    condition: Callable[[], bool],
+    when_ready: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
+) -> None:
+    stop, ready = trio.Event(), trio.Event()
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parent.run, stop, ready.set)
+            await ready.wait()
+            await when_ready()
+            while not condition():
+                await trio.sleep(0.02)
+            stop.set()
 
 
 async def test_workers_that_cannot_start_are_told_of_by_their_code() -> None:

@@ -45,7 +45,7 @@ def failures(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **options: Any) -> None:
         try:
             command(*args, **options)
-        except (ConfigError, EpochError, IdentityError) as error:
+        except (ConfigError, EpochError, IdentityError, urls.UnknownLedger) as error:
             raise Failure(str(error), os.EX_CONFIG) from error
         except LedgerBusy as error:
             raise Failure(str(error), os.EX_TEMPFAIL) from error

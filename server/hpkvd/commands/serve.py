@@ -156,7 +156,7 @@ def serve(
         insist=bool(intro_rate),
     )
     service = _service(data, where, limits) if onion else None
-    sockets = systemd.take_sockets() or _bind(listen or config.listen)
+    sockets = _passed() or _bind(listen or config.listen)
     publishing = partial(_publish, data, service, sockets[0])
     announce = partial(_announce, ready_fd, serving.name(sockets[0]))
     count = config.workers or supervisor.cores() if workers is None else workers
@@ -412,10 +412,20 @@ def _metrics_address(text: str) -> Address | None:
     return address
 
 
+def _passed() -> list[socket.socket]:
+    try:
+        return systemd.take_sockets()
+    except (OSError, ValueError) as error:
+        message = (
+            "what the service manager passed ($LISTEN_FDS) are no sockets; see its .socket unit"
+        )
+        raise ConfigError(message) from error
+
+
 def _bind(address: str) -> list[socket.socket]:
     try:
-        if address.startswith("unix:"):
-            return [serving.bind_unix(Path(address.removeprefix("unix:")))]
+        if address.startswith(settings.UNIX):
+            return [serving.bind_unix(Path(address.removeprefix(settings.UNIX)))]
         return serving.bind(Address(*settings.address(address)))
     except OSError as error:
         reason = error.strerror or str(error)

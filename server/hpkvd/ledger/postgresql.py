@@ -552,8 +552,19 @@ class _Session:
 
     def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
-            self._connection = connect(self._url, autocommit=self._autocommit, name=SERVING)
+            self._connection = connect(self._url, autocommit=True, name=SERVING)
+            self._check()
         return self._connection
+
+    def _check(self) -> None:
+        """Nobody moved the ledger away while we had no connection; LedgerError."""
+        assert self._connection is not None
+        try:
+            check_version(self._connection)
+        except LedgerError:
+            self._drop()
+            raise
+        self._connection.autocommit = self._autocommit
 
     def _roll_back(self) -> None:
         if self._connection is not None:
@@ -887,7 +898,8 @@ def translated() -> Iterator[None]:
         yield
     except psycopg.OperationalError as error:
         raise LedgerBusy(
-            f"the database cannot be reached ({_name(error)}); is it up, and its URL right?"
+            f"the database cannot be reached ({_name(error)}); is it up, and are its URL, user and"
+            " password right?"
         ) from error
     except psycopg.Error as error:
         raise LedgerError(f"the database failed ({_name(error)}); see its log") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from hpkvd.ledger import Engine, LedgerError
 from hpkvd.ledger.sqlite import SqliteLedger
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from hpkvd.ledger.postgresql import PostgresqlLedger
 
 _POSTGRESQL: Final = ("postgresql", "postgres")
+
+
+class UnknownLedger(LedgerError):
+    """The text names no ledger of ours."""
 
 
 def create(url: str) -> None:
@@ -42,13 +46,13 @@ def open_ledger(url: str, *, reserve: int = 0, max_blobs: int = 0) -> Engine:
 
 
 def sqlite_path(url: str) -> Path | None:
-    """The file of a sqlite URL, None for another engine's; LedgerError for other text."""
-    parts = urlsplit(url)
+    """The file of a sqlite URL, None for another engine's; UnknownLedger for other text."""
+    parts = _parts(url)
     if parts.scheme == "sqlite" and parts.path and not parts.netloc:
         return Path(unquote(parts.path))
     if parts.scheme in _POSTGRESQL and url.partition("://")[2]:
         return None
-    raise LedgerError(
+    raise UnknownLedger(
         "a ledger is written as sqlite:///DIR/FILE or postgresql://USER@HOST/DATABASE"
     )
 
@@ -60,7 +64,16 @@ def moved(path: Path) -> Path:
 
 def has_password(url: str) -> bool:
     """Whether it holds a secret that does not belong on a command line."""
-    return bool(urlsplit(url).password) or "password=" in urlsplit(url).query
+    parts = _parts(url)
+    return bool(parts.password) or "password=" in parts.query
+
+
+def _parts(url: str) -> SplitResult:
+    """Nothing of what is no URL at all."""
+    try:
+        return urlsplit(url)
+    except ValueError:  # a bracket that is not closed
+        return urlsplit("")
 
 
 def shown(url: str) -> str:
