@@ -12,7 +12,7 @@ import trio
 from hpkvfs.control import Progress
 from hpkvfs.errors import Unreachable, UserError
 from hpkvfs.net.purchases import Bill, Purchase, read_token
-from hpkvfs.net.refusals import BadVoucher, NotSettled
+from hpkvfs.net.refusals import BadVoucher, NotSettled, PaymentRefused
 from hpkvfs.protocol.messages import Method
 from hpkvfs.session import Session
 
@@ -78,11 +78,28 @@ async def await_purchase(session: Session, arguments: Result, progress: Progress
 
 
 async def abandon(session: Session) -> Result:
-    """Give up what is not finished: whatever was paid for it is lost."""
-    unfinished = session.store.purchases.unfinished
-    for one in unfinished:
-        await session.store.purchases.forget(one)
-    return {"abandoned": len(unfinished)}
+    """Give up what is not finished; an invoice that turns out to be paid is taken instead.
+
+    Whatever is paid later is lost. Ecash is not asked about, since asking pays with it.
+    """
+    abandoned, tokens = 0, 0
+    for one in session.store.purchases.unfinished:
+        bought = await _bought(session, one) if one.method is Method.LIGHTNING else None
+        if bought is None:
+            await session.store.purchases.forget(one)
+            abandoned += 1
+        else:
+            tokens += bought
+    return {"abandoned": abandoned, "tokens": tokens}
+
+
+async def _bought(session: Session, purchase: Purchase) -> int | None:
+    """The tokens that it brought now; None: it is not paid, or nobody can tell."""
+    try:
+        result = await _step(session, purchase)
+    except (PaymentRefused, NotSettled):
+        return None
+    return int(result["tokens"]) if result["state"] == "paid" else None
 
 
 async def _purchase(session: Session, arguments: Result) -> Purchase:

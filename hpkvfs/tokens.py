@@ -84,7 +84,7 @@ Examples:
 @click.option("--cashu-file", metavar="FILE", type=file_path, help="Read the ecash here.")
 @click.option("--no-wait", is_flag=True, help="Show the invoice, and go on another time.")
 @click.option("--abandon", is_flag=True,
-              help="Give up what was begun; what was paid for it is lost.")  # fmt: skip
+              help="Give up what was begun and not paid; what is paid later is lost.")  # fmt: skip
 @json_option
 @pass_settings
 def buy(
@@ -106,7 +106,7 @@ def buy(
         raise click.UsageError("pay in one way at a time")
     if abandon:
         result = settings.perform("abandon-purchases", {}, "giving up")
-        show(result, as_json, lambda r: f"{r['abandoned']} purchases were given up")
+        show(result, as_json, _abandoned)
         return
     orders = _orders(settings, tokens, lightning, _token(cashu, cashu_file))
     if not orders:
@@ -154,8 +154,19 @@ def _pay(settings: Settings, order: Result, wait: bool, as_json: bool) -> None:
         if not wait:
             return
         waiting = {"id": result["id"], "seconds": result["seconds"]}
-        result = settings.perform("await-purchase", waiting, "waiting for the payment")
+        try:
+            result = settings.perform("await-purchase", waiting, "waiting for the payment")
+        except KeyboardInterrupt:
+            click.echo("hpkvfs: nothing is lost, paid or not; go on with it: hpkvfs buy", err=True)
+            raise
     show(result, as_json, lambda r: f"{r['tokens']:,} tokens bought; {r['held']:,} in all")
+
+
+def _abandoned(result: Result) -> str:
+    told = f"{result['abandoned']} purchases were given up"
+    if result["tokens"]:
+        told += f"; {result['tokens']:,} tokens were paid for already, and are here"
+    return told
 
 
 def _show_bill(bill: Result, as_json: bool) -> None:

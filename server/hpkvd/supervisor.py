@@ -103,8 +103,8 @@ class Supervisor:
             try:
                 for _ in range(self._count):
                     await self._start()
-                failed = await self._failed_start()
-                if failed is None:
+                failed = await self._failed_start(stop)
+                if failed is None and not stop.is_set():
                     ready()
                     await stop.wait()
             finally:
@@ -127,10 +127,12 @@ class Supervisor:
                 (new if old.ended.is_set() else old).retire()
             log.tell("reloaded")
 
-    async def _failed_start(self) -> int | None:
-        """When all answer: None; as soon as one cannot: its exit code."""
+    async def _failed_start(self, stop: trio.Event) -> int | None:
+        """When all answer, or on `stop`: None; as soon as one cannot: its exit code."""
         for worker in list(self._workers):
-            await _either(worker.ready, worker.ended)
+            await _any(worker.ready, worker.ended, stop)
+            if stop.is_set():
+                return None
             if not worker.ready.is_set():
                 return worker.process.returncode or os.EX_SOFTWARE
         return None
@@ -191,7 +193,7 @@ class Supervisor:
         except OSError as error:
             log.tell(f"no process can be started ({error.strerror})")
             return None
-        await _either(new.ready, new.ended)
+        await _any(new.ready, new.ended)
         return new
 
     async def _listen(self, worker: _Worker) -> None:
@@ -257,9 +259,9 @@ class Channel:
             await self._socket.send(json.dumps(self._snapshot()).encode())
 
 
-async def _either(one: trio.Event, other: trio.Event) -> None:
+async def _any(*events: trio.Event) -> None:
     async with trio.open_nursery() as nursery:
-        for event in (one, other):
+        for event in events:
             nursery.start_soon(_then_cancel, event, nursery.cancel_scope)
 
 

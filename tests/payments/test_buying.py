@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,56 @@ def test_an_expired_invoice_is_said_and_a_new_one_can_be_had(hpkvfs: Hpkvfs, nod
     hpkvfs("buy", "--tokens", "700", "--lightning", "--no-wait")
     assert node.only.msat == 70_000
     assert hpkvfs("buy", "--abandon").stdout == "1 purchases were given up\n"
+
+
+def test_giving_up_what_was_paid_takes_it_instead(
+    hpkvfs: Hpkvfs, node: Cln, server: ServerProcess
+) -> None:
+    hpkvfs("buy", "--tokens", "500", "--lightning", "--no-wait")
+    node.only.pay()
+    server.kill()
+    assert "nothing is lost" in hpkvfs("buy", "--abandon", code=4).stderr
+    server._options += ["--listen", "{}:{}".format(*server.address)]
+    server.restart()
+    given_up = hpkvfs("buy", "--abandon").stdout
+    assert given_up == (
+        "0 purchases were given up; 500 tokens were paid for already, and are here\n"
+    )
+    assert json.loads(hpkvfs("balance", "--json").stdout)["held"] == 500
+
+
+def test_giving_up_ecash_does_not_pay_with_it(hpkvfs: Hpkvfs, mint: MintProcess) -> None:
+    text = mint.token()
+    mint.stop()
+    try:
+        hpkvfs("buy", "--cashu", "-", stdin=text, code=4)
+    finally:
+        mint.start()
+    assert hpkvfs("buy", "--abandon").stdout == "1 purchases were given up\n"
+    assert json.loads(hpkvfs("balance", "--json").stdout)["held"] == 0
+    assert hpkvfs("buy", "--cashu", "-", stdin=text).stdout == "990 tokens bought; 990 in all\n"
+
+
+def test_ctrl_c_while_waiting_says_how_to_go_on(
+    hpkvfs: Hpkvfs, node: Cln, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start(tmp_path / "state", "buy", "--tokens", "500", "--lightning")
+    assert process.stdout is not None
+    process.stdout.readline()
+    answer, asked_again = node.answer, threading.Event()
+
+    def heard(*question: Any) -> Any:
+        asked_again.set()
+        return answer(*question)
+
+    monkeypatch.setattr(node, "answer", heard)
+    assert asked_again.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "nothing is lost, paid or not; go on with it: hpkvfs buy\n" in err
+    node.only.pay()
+    assert hpkvfs("buy").stdout == "500 tokens bought; 500 in all\n"
 
 
 def test_a_server_killed_between_swap_and_issue_gives_the_next_run_the_tokens(

@@ -121,6 +121,30 @@ def test_what_was_acknowledged_survives_the_primary(
         crowd.check()
 
 
+def test_what_a_standby_was_not_waited_for_would_be_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: the standby is behind, and the primary commits without it."""
+    with Cluster() as primary, Cluster() as standby:
+        primary.make()
+        primary.start()
+        monkeypatch.setenv("HPKVD_LEDGER", primary.url)
+        assert hpkvd("init", data=tmp_path / "data").returncode == 0
+        with ServerProcess(tmp_path / "data") as server:
+            crowd = Crowd(server)
+            standby.make_standby_of(primary)
+            with crowd:
+                crowd.served(15)
+        primary.kill()
+        standby.start()
+        standby.promote()
+        monkeypatch.setenv("HPKVD_LEDGER", standby.url)
+        with ServerProcess(tmp_path / "data") as server:
+            crowd._server = server
+            with pytest.raises(AssertionError):
+                crowd.check()
+
+
 async def test_a_lost_connection_is_made_again(url: str, cluster: Cluster) -> None:
     create(url)
     async with opened(url) as ledger:

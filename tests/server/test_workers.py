@@ -234,6 +234,18 @@ async def _run_until(
             stop.set()
 
 
+async def test_told_to_stop_while_a_worker_still_starts_the_parent_stops() -> None:
+    slow = STUB.replace("channel.send(b'{\"stubs\": 1}')\n", "")
+    parent = Supervisor([sys.executable, "-c", slow], [], 2, stop_seconds=5)
+    stop = trio.Event()
+    with trio.fail_after(30):  # a start is waited for twice as long
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parent.run, stop, lambda: pytest.fail("not ready"))
+            while len(parent._workers) < 2:
+                await trio.sleep(0.02)
+            stop.set()
+
+
 async def test_workers_that_cannot_start_are_told_of_by_their_code() -> None:
     parent = Supervisor([sys.executable, "-c", "raise SystemExit(78)"], [], 2, stop_seconds=5)
     with trio.fail_after(60):
