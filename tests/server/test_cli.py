@@ -233,6 +233,18 @@ def test_what_a_service_manager_passes_and_is_no_socket_is_one_sentence(
     assert "$LISTEN_FDS" in result.stderr
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_node_whose_secret_is_not_there_is_one_sentence(data: Path, workers: str) -> None:
+    file = data / "hpkvd.toml"
+    text = file.read_text().replace('kind = ""', 'kind = "cln"')
+    text = text.replace('url = ""', 'url = "https://127.0.0.1:1"')
+    file.write_text(text.replace('secret_file = ""', 'secret_file = "rune"'))
+    result = hpkvd("serve", "--listen", "127.0.0.1:0", "--workers", workers, data=data)
+    assert result.returncode == os.EX_IOERR
+    assert f"hpkvd: No such file or directory ({data}/rune)\n" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_secret_that_is_not_its_epochs_is_refused(data: Path, tmp_path: Path) -> None:
     assert run("init", "--data", str(tmp_path / "other")).exit_code == 0
     other = (tmp_path / "other" / "epochs" / "00000001.secret").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -20,7 +21,7 @@ from hpkvd.ledger.postgresql import PostgresqlLedger
 from hpkvd.ledger.urls import create
 from hpkvfs.protocol.messages import Done, Reply, Spent
 from hpkvfs.protocol.voucher import Voucher
-from tests.server.customers import Crowd, funded, status
+from tests.server.customers import Crowd, funded, status, workers
 from tests.server.ledgers import fund, insert, opened, transaction
 from tests.server.postgres import PASSWORD, Cluster
 from tests.server.support import Purchase, Purse, ServerProcess, hpkvd, new_blob, new_key, until
@@ -220,6 +221,31 @@ def test_the_password_is_in_no_command_line_and_no_log(data: Path, url: str) -> 
         listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
         assert PASSWORD not in listed.stdout
         assert PASSWORD not in server.stop()[1]
+
+
+def test_a_worker_that_dies_while_the_database_is_away_comes_back_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says why in one sentence, without the database's address."""
+    with Cluster() as cluster:
+        cluster.make()
+        cluster.start()
+        monkeypatch.setenv("HPKVD_LEDGER", cluster.url)
+        assert hpkvd("init", data=tmp_path / "data").returncode == 0
+        with ServerProcess(tmp_path / "data", workers=1) as server:
+            before = workers(server)
+            cluster.kill()
+            os.kill(min(before), signal.SIGKILL)
+            assert server.process.stderr is not None
+            told = ""
+            while "could not start; trying again" not in told:
+                told += server.process.stderr.readline()
+            cluster.start()
+            assert server.parameters()
+            _, more = server.stop()
+    assert "hpkvd: the database cannot be reached" in told
+    for unsaid in ("Traceback", str(cluster.port), "127.0.0.1"):
+        assert unsaid not in told + more
 
 
 async def test_a_connection_has_one_thread_at_a_time_also_while_an_epoch_is_retired(

@@ -45,19 +45,37 @@ def failures(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **options: Any) -> None:
         try:
             command(*args, **options)
-        except (ConfigError, EpochError, IdentityError, urls.UnknownLedger) as error:
-            raise Failure(str(error), os.EX_CONFIG) from error
-        except LedgerBusy as error:
-            raise Failure(str(error), os.EX_TEMPFAIL) from error
-        except LedgerError as error:
-            raise Failure(str(error), os.EX_IOERR) from error
-        except WorkerFailed as error:
-            raise Failure(str(error), error.code if error.code > 0 else os.EX_SOFTWARE) from error
-        except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            raise Failure(f"{error.strerror or error}{where}", os.EX_IOERR) from error
+        except Exception as error:
+            failure = _failure(_alone(error))
+            if failure is None:
+                raise
+            raise failure from error
 
     return run
+
+
+def _alone(error: Exception) -> Exception:
+    """Out of the groups that nurseries put it into, unless there are others in them."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        (error,) = error.exceptions
+    return error
+
+
+def _failure(error: Exception) -> Failure | None:
+    """None for what nobody foresaw."""
+    match error:
+        case ConfigError() | EpochError() | IdentityError() | urls.UnknownLedger():
+            return Failure(str(error), os.EX_CONFIG)
+        case LedgerBusy():
+            return Failure(str(error), os.EX_TEMPFAIL)
+        case LedgerError():
+            return Failure(str(error), os.EX_IOERR)
+        case WorkerFailed(code=code):
+            return Failure(str(error), code if code > 0 else os.EX_SOFTWARE)
+        case OSError(strerror=reason, filename=name):
+            where = f" ({name})" if name else ""
+            return Failure(f"{reason or error}{where}", os.EX_IOERR)
+    return None
 
 
 def _default_data() -> Path:
