@@ -11,12 +11,13 @@ rend-spec-v3; tor(1).
 
 from hpkvfs.tor.control import Endpoint, TorError
 from hpkvfs.tor.keeper import AUTO, OWN, Tor, parse_where, running
-from hpkvfs.tor.process import further_settings
+from hpkvfs.tor.process import TORRC, further_settings
 from hpkvfs.tor.services import Limits, Onion, Throttle
 
 __all__ = [
     "AUTO",
     "OWN",
+    "TORRC",
     "Endpoint",
     "Limits",
     "Onion",

@@ -180,9 +180,10 @@ def epoch() -> None:
     epilog="Examples: hpkvd epoch rotate;  hpkvd epoch rotate --data /srv/hpkvd",
 )
 @data_option
+@ledger_option
 @json_option
 @failures
-def rotate(data: Path, as_json: bool) -> None:
+def rotate(data: Path, ledger: str | None, as_json: bool) -> None:
     """Begin the next epoch, with the tariff in the settings; also while the server runs.
 
     A running server takes it up within seconds. What ends thereby is forgotten in the background,
@@ -190,10 +191,10 @@ def rotate(data: Path, as_json: bool) -> None:
     """
     config = settings.load(data)
     directory = data / settings.EPOCHS
-    with closing(open_ledger(data, config)) as ledger:
+    with closing(open_ledger(data, config, ledger)) as desk:
         newest = epoch_files.newest_number(directory) + 1
-        oldest = epoch_files.oldest_kept(newest, config.epochs.keep, ledger.oldest_epoch)
-        rng, claim = secrets.token_bytes, ledger.claim_epoch
+        oldest = epoch_files.oldest_kept(newest, config.epochs.keep, desk.oldest_epoch)
+        rng, claim = secrets.token_bytes, desk.claim_epoch
         begun = epoch_files.rotate(directory, config.tariff, rng, oldest, claim)
     assert begun is not None
     if as_json:
@@ -212,15 +213,17 @@ def rotate(data: Path, as_json: bool) -> None:
     epilog="Examples: hpkvd epoch list;  hpkvd epoch list --json | jq '.epochs[-1].tariff'",
 )
 @data_option
+@ledger_option
 @json_option
 @failures
-def list_epochs(data: Path, as_json: bool) -> None:
+def list_epochs(data: Path, ledger: str | None, as_json: bool) -> None:
     """Tell which epochs there are, when they began and what they charge, the oldest first."""
     config = settings.load(data)
     directory = data / settings.EPOCHS
     published = epoch_files.published(directory)
     newest = published[-1].number
-    oldest = _oldest(data, config, newest)
+    with closing(open_ledger(data, config, ledger)) as desk:
+        oldest = epoch_files.oldest_kept(newest, config.epochs.keep, desk.oldest_epoch)
     rows = [
         {
             "number": one.number,
@@ -232,14 +235,6 @@ def list_epochs(data: Path, as_json: bool) -> None:
         for one in published
     ]
     click.echo(json.dumps({"epochs": rows}) if as_json else _table(rows))
-
-
-def _oldest(data: Path, config: Config, newest: int) -> int:
-    ledger = open_ledger(data, config)
-    try:
-        return epoch_files.oldest_kept(newest, config.epochs.keep, ledger.oldest_epoch)
-    finally:
-        ledger.close()
 
 
 def _day(seconds: float) -> str:

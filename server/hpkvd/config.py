@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -22,6 +23,7 @@ FILE: Final = "hpkvd.toml"
 LEDGER: Final = "ledger.sqlite"
 EPOCHS: Final = "epochs"
 IDENTITY: Final = "identity"
+TOR: Final = "tor"
 UNIX: Final = "unix:"  # before the path of a socket, where else HOST:PORT is
 
 TEMPLATE: Final = """\
@@ -177,10 +179,11 @@ def _config(table: dict[str, Any]) -> Config:
     if (
         config.reserve_mib < 0
         or min(config.limits.connections, config.limits.queue) < 1
-        or config.limits.seconds <= 0
+        or not 0 < config.limits.seconds < inf
+        or not 0 <= config.limits.stop_seconds < inf
     ):
-        raise ConfigError("reserve_mib cannot be negative, nor any limit zero")
-    if not 1 <= config.epochs.keep <= MAX_EPOCHS or not config.epochs.days >= 0:
+        raise ConfigError("reserve_mib cannot be negative, nor any limit zero or endless")
+    if not 1 <= config.epochs.keep <= MAX_EPOCHS or not 0 <= config.epochs.days < inf:
         raise ConfigError(f"keep from 1 to {MAX_EPOCHS} epochs; their days cannot be negative")
     _check_payments(config)
     return config

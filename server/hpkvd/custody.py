@@ -27,6 +27,7 @@ from hpkvd import files
 from hpkvd.ledger import LedgerBusy, LedgerError, urls
 from hpkvd.ledger.rows import Progress, Rows, SqliteRows, compare, copy
 from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvfs.tor import TORRC
 
 if TYPE_CHECKING:
     from hpkvd.ledger.postgresql_rows import PostgresqlRows
@@ -151,7 +152,15 @@ def backup(data: Path, url: str, target: Path, progress: Progress) -> None:
     and not the other way round.
     """
     target.mkdir(mode=0o700, parents=True)
-    path = target / settings.LEDGER
+    try:
+        _copy_ledger(url, target / settings.LEDGER, progress)
+        _copy_keys(data, target)
+    except BaseException:
+        shutil.rmtree(target)  # half a backup is none, and in the way of the next
+        raise
+
+
+def _copy_ledger(url: str, path: Path, progress: Progress) -> None:
     source = urls.sqlite_path(url)
     if source is None:
         with closing(rows_of(url)) as rows, _filled_file(path) as copied:
@@ -159,14 +168,11 @@ def backup(data: Path, url: str, target: Path, progress: Progress) -> None:
     else:
         urls.open_ledger(url).close()
         _copy_file(source, path, progress)
-    _copy_keys(data, target)
 
 
 def restore(saved: Path, data: Path, url: str, progress: Progress) -> None:
     """Make a data directory and a ledger of a backup; neither may exist. LedgerError, OSError."""
     path = saved / settings.LEDGER
-    if not path.is_file():
-        raise LedgerError(f"{saved} is no backup made by `hpkvd backup`")
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     target = urls.sqlite_path(url)
     if target is None:
@@ -216,11 +222,17 @@ def _copy_keys(source: Path, target: Path) -> None:
         if path.name.startswith(settings.LEDGER) or path.suffix in (".lock", ".part"):
             continue
         if path.is_dir():
-            shutil.copytree(path, target / path.name)
+            ignore = _all_but_torrc if path.name == settings.TOR else None
+            shutil.copytree(path, target / path.name, ignore=ignore)
         else:
             shutil.copy2(path, target / path.name)
     for path in target.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
+
+
+def _all_but_torrc(_: str, names: list[str]) -> list[str]:
+    """tor makes the rest anew, and changes it while it is copied."""
+    return [name for name in names if name != TORRC]
 
 
 def _postgresql(url: str) -> PostgresqlRows:

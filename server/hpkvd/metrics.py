@@ -28,7 +28,6 @@ HELP: Final = {
     "hpkvd_work_seconds_total": "Seconds of computing, by kind.",
     "hpkvd_workers": "Processes that answer.",
     "hpkvd_workers_died_total": "Processes that ended without being asked to.",
-    "hpkvd_up": "1.",
 }
 
 Snapshot = dict[str, float]

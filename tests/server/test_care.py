@@ -314,6 +314,79 @@ async def test_check_finds_what_is_wrong(tmp_path: Path, damage: str, told: str)
     assert any(told in problem for problem in json.loads(result.stdout)["problems"])
 
 
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A data directory with an empty ledger in SQLite."""
+    assert hpkvd("init", data=tmp_path / "data").returncode == 0
+    return tmp_path / "data"
+
+
+def test_a_damaged_file_is_one_sentence_and_half_a_backup_is_none(
+    kept: Path, tmp_path: Path
+) -> None:
+    path, copied = kept / "ledger.sqlite", tmp_path / "copy"
+    with closing(sqlite3.connect(path)) as ledger:
+        (page,) = ledger.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'serial'"
+        ).fetchone()
+        (size,) = ledger.execute("PRAGMA page_size").fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        whole = file.read(size)
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    checked = hpkvd("check", "--quick", data=kept)
+    assert (checked.returncode, checked.stdout) == (os.EX_IOERR, "")
+    assert (
+        checked.stderr == "hpkvd: the ledger failed (SQLITE_CORRUPT); check the disk and its file\n"
+    )
+    failed = hpkvd("backup", str(copied), data=kept)
+    assert failed.returncode == os.EX_IOERR
+    assert not copied.exists()
+    with path.open("r+b") as file:  # repaired, under the same name
+        file.seek((page - 1) * size)
+        file.write(whole)
+    assert hpkvd("backup", str(copied), data=kept).returncode == 0
+
+
+def test_a_backup_is_not_part_of_what_it_copies(kept: Path) -> None:
+    inside = hpkvd("backup", str(kept / "copy"), data=kept)
+    assert (inside.returncode, (kept / "copy").exists()) == (os.EX_CANTCREAT, False)
+    assert "name one outside" in inside.stderr
+
+
+def test_of_a_tor_of_our_own_only_its_settings_are_copied(kept: Path, tmp_path: Path) -> None:
+    (kept / "tor" / "service").mkdir(parents=True)
+    for name in ("torrc", "state", "service/hs_ed25519_secret_key"):
+        (kept / "tor" / name).write_text(name)
+    assert hpkvd("backup", str(tmp_path / "copy"), data=kept).returncode == 0
+    assert [path.name for path in (tmp_path / "copy" / "tor").iterdir()] == ["torrc"]
+
+
+def test_what_is_no_backup_is_not_restored(kept: Path, tmp_path: Path) -> None:
+    result = hpkvd("restore", "--yes", str(kept / "epochs"), data=tmp_path / "new")
+    assert result.returncode == os.EX_NOINPUT
+    assert "no backup" in result.stderr
+    assert "init" not in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_who_restores_into_another_ledger_is_told_to_name_it(kept: Path, tmp_path: Path) -> None:
+    copied, url = str(tmp_path / "copy"), f"sqlite://{tmp_path}/other.sqlite"
+    assert hpkvd("backup", copied, data=kept).returncode == 0
+    elsewhere = hpkvd("restore", "--yes", "--ledger", url, copied, data=tmp_path / "one")
+    assert elsewhere.stdout.endswith("; set `ledger` in hpkvd.toml\n")
+    as_before = hpkvd("restore", "--yes", copied, data=tmp_path / "two")
+    assert (as_before.returncode, "set `ledger`" in as_before.stdout) == (0, False)
+
+
+@pytest.mark.parametrize("price", ["nan", "inf", "-1"])
+def test_income_at_no_price_at_all_is_a_wrong_command_line(kept: Path, price: str) -> None:
+    result = hpkvd("income", "--json", "--price", price, data=kept)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "price" in result.stderr
+
+
 async def test_income_adds_up(tmp_path: Path) -> None:
     data = tmp_path / "data"
     assert hpkvd("init", data=data).returncode == 0

@@ -131,6 +131,8 @@ def test_status_is_for_people_too(data: Path) -> None:
         ('lisen = "127.0.0.1:1"', "no setting `lisen`"),
         ("[limits]\nconnections = 0", "limit"),
         ("[limits]\nconnections = true", "type int"),
+        ("[limits]\nseconds = nan", "limit"),
+        ("[limits]\nstop_seconds = -1", "limit"),
         ("[limits]\nspeed = 1", "no setting `speed`"),
         ("[tariff]\nrefund = 10", "refund"),
         ("tariff = 3", "type dict"),

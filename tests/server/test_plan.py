@@ -118,6 +118,7 @@ WRONG = [
     (("--busy", "0"), "what may be busy"),
     (("--replicas", "0"), "copies"),
     (("--price", "nan"), "price"),
+    (("--replicas", "1" + 400 * "0"), "cannot be added up"),
     (("--shard", "1"), "a shard has 1 GiB"),
     (("--insert", "5", "--refund", "6"), "refund"),
     (("--engine", "sqlite", "--vaults", "10M"), "SQLite is one file"),

@@ -140,13 +140,27 @@ def test_tariffs_between_which_tokens_could_be_made(
 
 
 @pytest.mark.parametrize("command", ["rotate", "list"])
+def test_a_ledger_that_the_settings_do_not_name_is_used(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, url = tmp_path / "data", f"sqlite://{tmp_path}/elsewhere"
+    assert run("init", "--data", str(data), "--ledger", url).exit_code == 0
+    (data / config.FILE).write_text("")
+    assert run("epoch", command, "--data", str(data)).exit_code == os.EX_IOERR
+    monkeypatch.setenv("HPKVD_LEDGER", url)
+    assert run("epoch", command, "--data", str(data)).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["rotate", "list"])
 def test_help_has_an_example(command: str) -> None:
     result = run("epoch", command, "--help")
     assert result.exit_code == 0
     assert f"hpkvd epoch {command}" in result.output.split("Example", 1)[1]
 
 
-@pytest.mark.parametrize("text", ["keep = 0", "keep = 201", "days = -1", "days = nan"])
+@pytest.mark.parametrize(
+    "text", ["keep = 0", "keep = 201", "days = -1", "days = nan", "days = inf"]
+)
 def test_schedules_that_make_no_sense(data: Path, text: str) -> None:
     (data / config.FILE).write_text(f"[epochs]\n{text}\n")
     assert run("serve", "--data", str(data)).exit_code == os.EX_CONFIG

@@ -24,6 +24,8 @@ from hpkvfs.types import BLOB_SIZE
 
 MIB: Final = 2**20
 GIB: Final = 2**30
+USAGE: Final = 2  # what click ends with when the command line is wrong
+PRICE_LIMIT: Final = 1e9
 
 
 class Failure(click.ClickException):
@@ -112,6 +114,18 @@ ledger_option = click.option(
     help="sqlite:///DIR/FILE or postgresql://USER@HOST/DATABASE, instead of the settings'.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+
+
+def _price(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    """Nothing negative, infinite or NaN: the last two are no JSON."""
+    if value is not None and not 0 <= value < PRICE_LIMIT:
+        raise Failure("a token's price is 0 or more, and below a thousand million", USAGE)
+    return value
+
+
+price_option = click.option(
+    "--price", type=float, metavar="P", callback=_price, help="What a token is sold for."
+)
 
 
 def rotation(data: Path, ledger: Engine) -> Rotation:

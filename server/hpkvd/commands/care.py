@@ -22,6 +22,7 @@ from hpkvd.commands import (
     ledger_option,
     ledger_url,
     open_ledger,
+    price_option,
 )
 from hpkvd.ledger import check as checking
 from hpkvd.ledger import urls
@@ -91,6 +92,8 @@ def backup(data: Path, ledger: str | None, target: Path) -> None:
     config = settings.load(data)
     if target.exists():
         raise Failure(f"{target} exists; name a directory that does not", os.EX_CANTCREAT)
+    if target.resolve().is_relative_to(data.resolve()):
+        raise Failure(f"{target} is in what is copied; name one outside", os.EX_CANTCREAT)
     custody.backup(data, ledger_url(data, config, ledger), target, _Progress("copying"))
     click.echo(f"{target} has the settings, the keys and the ledger")
 
@@ -108,13 +111,16 @@ def restore(data: Path, ledger: str | None, saved: Path, yes: bool) -> None:
     """Make a data directory, and a ledger, of the backup in the directory SAVED."""
     if data.exists() and any(data.iterdir()):
         raise Failure(f"{data} is not empty; choose another with --data", os.EX_CANTCREAT)
+    if not (saved / settings.LEDGER).is_file():
+        raise Failure(f"{saved} is no backup made by `hpkvd backup`; name one", os.EX_NOINPUT)
     config = settings.load(saved)
     click.echo(f"hpkvd: {FORGETS}", err=True)
     if not yes:
         click.confirm("Restore?", abort=True, err=True)
     url = ledger_url(data, config, ledger)
     custody.restore(saved, data, url, _Progress("restoring"))
-    click.echo(f"{data} is ready; its ledger is in {urls.shown(url)}")
+    hint = "" if url == ledger_url(data, config) else "; set `ledger` in hpkvd.toml"
+    click.echo(f"{data} is ready; its ledger is in {urls.shown(url)}{hint}")
 
 
 @click.command(
@@ -156,7 +162,7 @@ def _url(text: str) -> str:
 )
 @data_option
 @ledger_option
-@click.option("--price", type=float, help="What a token was sold for.")
+@price_option
 @click.option("--currency", default="", help="Of the price; only shown.")
 @json_option
 @failures

@@ -15,12 +15,11 @@ import click
 from hpkvd import config as settings
 from hpkvd import measure as measuring
 from hpkvd import plan as planning
-from hpkvd.commands import Failure, data_option, failures, json_option
+from hpkvd.commands import USAGE, Failure, data_option, failures, json_option, price_option
 from hpkvd.epochs import Schedule
 from hpkvd.plan import ENGINES, SOURCES, Constants, Demand, Plan
 from hpkvfs.protocol.tariff import Tariff
 
-USAGE: Final = 2  # what click ends with when the command line is wrong
 SCALE: Final = ("100", "10k", "1M", "100M")
 _DECIMAL: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _BINARY: Final = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "p": 2**50}
@@ -59,7 +58,7 @@ PRICES: Final = ("look_up", "insert", "refund", "entry")
 @click.option("--insert", type=int, metavar="TOKENS", help="Likewise.")
 @click.option("--refund", type=int, metavar="TOKENS", help="Likewise.")
 @click.option("--entry", type=int, metavar="TOKENS", help="Likewise.")
-@click.option("--price", type=float, metavar="P", help="What a token is sold for.")
+@price_option
 @click.option("--currency", default="", help="Of the price; only shown.")
 @click.option("--constants", "constants_file", metavar="FILE",
               type=click.Path(path_type=Path, dir_okay=False),
@@ -88,8 +87,6 @@ def plan(
     docs/operator.md names; `--measure` takes this one.
     """
     try:
-        if price is not None and not 0 <= price < 1e9:
-            raise ValueError("a token's price is 0 or more")
         tariff, schedule = _prices(data, rest)
         constants = _constants(constants_file, measure)
         copies = (1 if engine == "sqlite" else 2) if replicas is None else replicas
@@ -112,6 +109,8 @@ def plan(
         plans = [planning.plan(one, tariff, constants, engine) for one in demands]
     except ValueError as error:
         raise Failure(str(error), USAGE) from error
+    except OverflowError as error:
+        raise Failure("such numbers cannot be added up; give smaller ones", USAGE) from error
     if as_json:
         report = {
             "plans": [asdict(one) | {"money": _money(one, price)} for one in plans],

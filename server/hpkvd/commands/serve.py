@@ -183,7 +183,7 @@ def _throttle(name: str, rate: int, burst: int) -> Throttle:
 
 
 def _service(data: Path, where: str, limits: Limits) -> onion_service.Service:
-    own = data / "tor"
+    own = data / settings.TOR
     try:
         tor_to_use = tor.parse_where(where)
         more = tor.further_settings(own)

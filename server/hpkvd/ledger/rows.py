@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from hpkvd.ledger import LedgerError
+from hpkvd.ledger.sqlite import translated
 
 CHUNK: Final = 256
 
@@ -89,28 +90,33 @@ class SqliteRows:
     """Rows in a SQLite file that SqliteLedger.create made."""
 
     def __init__(self, path: Path) -> None:
-        self._connection = sqlite3.connect(path, timeout=10, isolation_level=None)
-        self._connection.execute("PRAGMA synchronous = FULL")
+        with translated():
+            self._connection = sqlite3.connect(path, timeout=10, isolation_level=None)
+            self._connection.execute("PRAGMA synchronous = FULL")
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """See Rows."""
-        self._connection.execute("BEGIN")
+        with translated():
+            self._connection.execute("BEGIN")
         try:
             self.one("SELECT count(*) FROM books")  # the snapshot begins with the first read
             yield
         finally:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:  # an error may have ended it
+                self._connection.execute("ROLLBACK")
 
     def one(self, query: str) -> Row:
         """See Rows."""
-        row: Row = self._connection.execute(query).fetchone()
+        with translated():
+            row: Row = self._connection.execute(query).fetchone()
         return row
 
     def after(self, table: Table, key: bytes, limit: int) -> list[Row]:
         """See Rows."""
         query = select(table, "?", "?")
-        return self._connection.execute(query, (key, limit)).fetchall()
+        with translated():
+            return self._connection.execute(query, (key, limit)).fetchall()
 
     def put(self, table: Table, rows: Sequence[Row]) -> None:
         """See Rows. Blobs and entries get random row numbers, so that they are in no order."""
@@ -120,16 +126,18 @@ class SqliteRows:
             for row in values:
                 row.append(int.from_bytes(secrets.token_bytes(8), "big", signed=True))
         marks = ", ".join("?" * len(columns))
-        self._connection.execute("BEGIN IMMEDIATE")
-        self._connection.executemany(
-            f"INSERT INTO {table.name} ({', '.join(columns)}) VALUES ({marks})", values
-        )
-        self._connection.execute("COMMIT")
+        with translated():
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(
+                f"INSERT INTO {table.name} ({', '.join(columns)}) VALUES ({marks})", values
+            )
+            self._connection.execute("COMMIT")
 
     def replace(self, table: Table, row: Row) -> None:
         """See Rows."""
         changes = ", ".join(f"{column} = ?" for column in table.columns)
-        self._connection.execute(f"UPDATE {table.name} SET {changes}", row)
+        with translated():
+            self._connection.execute(f"UPDATE {table.name} SET {changes}", row)
 
     def close(self) -> None:
         """See Rows."""

@@ -270,7 +270,7 @@ class SqliteLedger:
         self._max_blobs = max_blobs
         self._writing: Group[Job, Result] = Group(self._perform, self._tidied)
         self._complaints = Complaints()
-        with _translated():
+        with translated():
             self._write = _connect(path)
             _check_version(self._write, path)
             _upgrade(self._write)
@@ -286,7 +286,7 @@ class SqliteLedger:
         """Make an empty ledger; LedgerError if there is a file already."""
         if path.exists():
             raise LedgerError(f"{path} exists already")
-        with _translated():
+        with translated():
             connection = sqlite3.connect(path, isolation_level=None)
             connection.executescript(
                 "PRAGMA page_size = 4096; PRAGMA auto_vacuum = INCREMENTAL;"
@@ -314,19 +314,19 @@ class SqliteLedger:
     def _one_transaction(self) -> Iterator[sqlite3.Connection]:
         """Waits for a server's batch, which is another process's. On a connection of its own, so
         that one of this process is in nobody's way: then this fails, and that does not."""
-        with _translated(), closing(_connect(self._path)) as connection:
+        with translated(), closing(_connect(self._path)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
 
     def totals(self) -> Totals:
         """One consistent view of the books."""
-        with _translated():
+        with translated():
             return Totals(*self._read.execute(_TOTALS).fetchone())
 
     def takings(self, *, again: bool = False) -> list[Taking]:
         """Ecash that was not taken out yet, or (`again`) all that ever came in."""
-        with _translated():
+        with translated():
             return till.takings(self._read, again=again)
 
     def mark_taken(self, takings: Sequence[Taking]) -> None:
@@ -336,7 +336,7 @@ class SqliteLedger:
 
     def claim_epoch(self, epoch: NewestEpoch) -> NewestEpoch:
         """See Desk. On a connection of its own: the other may be in the middle of a COMMIT."""
-        with _translated(), closing(_connect(self._path)) as connection:
+        with translated(), closing(_connect(self._path)) as connection:
             return newest.claim(connection, epoch)
 
     # -- Ledger: reading ----------------------------------------------------------------------
@@ -345,7 +345,7 @@ class SqliteLedger:
         self, fingerprint: bytes, serials: Sequence[bytes], change: Change = None
     ) -> Known | Reason | None:
         """What is known of a request, durably; else why its change would be refused."""
-        with _translated():
+        with translated():
             known = self._durable.known(fingerprint, serials)
             if known:
                 return Known(known)
@@ -355,28 +355,28 @@ class SqliteLedger:
 
     async def read(self, key: bytes) -> bytes | None:
         """The blob under a key."""
-        with _translated():
+        with translated():
             return self._durable.blob(key)
 
     async def entry(self, key: bytes, now: int) -> StoredEntry | None:
         """The breakglass entry under a key, unless its timer has fired."""
-        with _translated():
+        with translated():
             return self._durable.entry(key, now)
 
     async def sale(self, voucher: bytes) -> Sale | Paid | None:
         """How far paying for the voucher with this digest is."""
-        with _translated():
+        with translated():
             return rules.paid_for(self._durable, voucher)
 
     async def sales(self, now: int) -> list[Sale]:
         """The sales that are due at this hour."""
-        with _translated():
+        with translated():
             rows = self._read.execute(f"{till.SALE} WHERE due <= ?", (now,)).fetchall()
         return [till.stored(*row) for row in rows]
 
     async def open_sales(self) -> int:
         """How many sales are not settled."""
-        with _translated():
+        with translated():
             (count,) = self._read.execute("SELECT count(*) FROM sale").fetchone()
         return int(count)
 
@@ -435,7 +435,7 @@ class SqliteLedger:
     async def _perform(self, jobs: Sequence[Job]) -> Sequence[Result]:
         """One transaction of a batch, and of a step of the sweep."""
         try:
-            with _translated():
+            with translated():
                 await self._begin()
                 results = self._write_all(jobs)
                 await threads.in_thread(lambda: self._write.execute("COMMIT"))
@@ -538,7 +538,8 @@ def _primary(error: sqlite3.Error) -> int:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
+    """What SQLite raises, as LedgerError."""
     try:
         yield
     except sqlite3.Error as error:
