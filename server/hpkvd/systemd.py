@@ -38,6 +38,10 @@ def take_sockets(environment: MutableMapping[str, str] = os.environ) -> list[soc
     sockets = [socket.socket(fileno=FIRST_FD + number) for number in range(int(count))]
     for one in sockets:
         one.set_inheritable(False)
+    if not all(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for one in sockets):
+        for one in sockets:
+            one.close()
+        raise ValueError("a socket that does not listen")
     return sockets
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hpkvd import config
+from hpkvd import config, systemd
 from hpkvd.cli import main
 from hpkvd.config import Config, ConfigError
 from hpkvd.serving import bind_unix
@@ -233,6 +233,16 @@ def test_what_a_service_manager_passes_and_is_no_socket_is_one_sentence(
     assert result.returncode == os.EX_CONFIG
     assert result.stderr.count("\n") == 1
     assert "$LISTEN_FDS" in result.stderr
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_socket_that_does_not_listen_is_refused(kind: socket.SocketKind) -> None:
+    with socket.socket(type=kind) as passed:
+        passed.bind(("127.0.0.1", 0))
+        environment = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="not listen"):
+            patch.setattr(systemd, "FIRST_FD", os.dup(passed.fileno()))
+            systemd.take_sockets(environment)
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

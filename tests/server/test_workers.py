@@ -123,6 +123,22 @@ def test_stopping_answers_what_was_asked_of_every_worker(server: ServerProcess) 
     assert told == "hpkvd: stopping; the last requests are being answered\nhpkvd: stopped\n"
 
 
+def test_asked_twice_to_stop_it_still_ends_well(server: ServerProcess) -> None:
+    process = server.process
+    assert process.stderr is not None
+    held = socket.create_connection(server.address, timeout=10)  # somebody to be waited for
+    with held:
+        held.sendall(b"x")
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert "stopping" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    _, told = process.communicate(timeout=30)
+    assert (process.returncode, told) == (0, "hpkvd: stopped\n")
+
+
 def test_workers_do_not_outlive_their_parent(server: ServerProcess) -> None:
     before = workers(server)
     server.kill()

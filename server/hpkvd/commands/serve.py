@@ -373,7 +373,8 @@ async def _signals(
             log.tell("stopping; the last requests are being answered")
             systemd.notify("STOPPING=1")
         stop.set()
-        await trio.sleep_forever()  # asking once is enough
+        async for _ in received:  # asking once is enough; what is not taken here would end us
+            pass
 
 
 async def _reload(reload: Callable[[], Awaitable[None]]) -> None:
@@ -417,7 +418,8 @@ def _passed() -> list[socket.socket]:
         return systemd.take_sockets()
     except (OSError, ValueError) as error:
         message = (
-            "what the service manager passed ($LISTEN_FDS) are no sockets; see its .socket unit"
+            "what the service manager passed ($LISTEN_FDS) are no listening sockets; its .socket"
+            " unit takes ListenStream= and no Accept=yes"
         )
         raise ConfigError(message) from error
 
