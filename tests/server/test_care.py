@@ -11,11 +11,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import trio
 
-from hpkvd import custody
-from hpkvd.ledger import LedgerError, urls
+from hpkvd import config, custody
+from hpkvd.commands import serve
+from hpkvd.ledger import LedgerBusy, LedgerError, urls
 from hpkvd.ledger.rows import SqliteRows, copy
 from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.metrics import Meter
 from hpkvfs.protocol.messages import Done, Outcome, Spent
 from tests.ports import own_port
 from tests.server.customers import funded, status
@@ -275,6 +278,26 @@ async def test_a_server_whose_database_was_away_does_not_go_on_with_a_ledger_tha
         for _ in range(2):
             with pytest.raises(LedgerError, match="moved elsewhere"):
                 await ledger.apply(transaction("late", None, "s1", "s2"))
+
+
+async def test_a_server_that_starts_opens_nothing_that_could_still_be_moved_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    assert hpkvd("init", data=data).returncode == 0
+    here, there = f"sqlite://{data}/ledger.sqlite", f"sqlite://{tmp_path}/there.sqlite"
+
+    class Opened(Exception):
+        pass
+
+    def opening(*_: object) -> None:
+        with pytest.raises(LedgerBusy, match="a server uses this ledger"):
+            custody.migrate(here, there, lambda done, total: None)
+        raise Opened
+
+    monkeypatch.setattr(serve, "open_ledger", opening)
+    with pytest.raises(Opened):
+        await serve._answer(data, config.load(data), None, [], Meter(), trio.Event(), lambda: None)
 
 
 async def test_a_copy_that_differs_is_not_taken_for_the_original(tmp_path: Path) -> None:

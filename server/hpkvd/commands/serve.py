@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, closing
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -324,23 +324,23 @@ async def _answer(
     stop: trio.Event,
     ready: Callable[[], None],
 ) -> None:
-    ledger = open_ledger(data, config, url)
-    try:
-        with custody.in_use(ledger_url(data, config, url)):
-            async with (
-                ledger.serving(),
-                _cashier(data, config, ledger) as desk,
-                trio.open_nursery() as nursery,
-            ):
-                keeper = rotation(data, ledger)
-                epochs = keeper.load(config)
-                queue = config.limits.queue
-                handler = Handler(epochs, ledger, meter=meter, queue=queue, cashier=desk)
-                await nursery.start(keeper.run, handler, epochs)
-                await serving.answer(sockets, handler, config.limits, stop, ready)
-                nursery.cancel_scope.cancel()
-    finally:
-        ledger.close()
+    # In this order: whoever moves the ledger away does so before it is opened, or not at all.
+    with (
+        custody.in_use(ledger_url(data, config, url)),
+        closing(open_ledger(data, config, url)) as ledger,
+    ):
+        async with (
+            ledger.serving(),
+            _cashier(data, config, ledger) as desk,
+            trio.open_nursery() as nursery,
+        ):
+            keeper = rotation(data, ledger)
+            epochs = keeper.load(config)
+            queue = config.limits.queue
+            handler = Handler(epochs, ledger, meter=meter, queue=queue, cashier=desk)
+            await nursery.start(keeper.run, handler, epochs)
+            await serving.answer(sockets, handler, config.limits, stop, ready)
+            nursery.cancel_scope.cancel()
 
 
 def _cashier(
