@@ -358,6 +358,9 @@ def test_a_damaged_file_is_one_sentence_and_half_a_backup_is_none(
         whole = file.read(size)
         file.seek((page - 1) * size)
         file.write(b"\xff" * size)
+    found = hpkvd("check", data=kept)
+    assert (found.returncode, found.stdout.count("\n")) == (os.EX_DATAERR, 1)
+    assert "the file is damaged" in found.stdout
     checked = hpkvd("check", "--quick", data=kept)
     assert (checked.returncode, checked.stdout) == (os.EX_IOERR, "")
     assert (
@@ -370,6 +373,21 @@ def test_a_damaged_file_is_one_sentence_and_half_a_backup_is_none(
         file.seek((page - 1) * size)
         file.write(whole)
     assert hpkvd("backup", str(copied), data=kept).returncode == 0
+
+
+async def test_an_index_that_has_lost_a_row_is_found(kept: Path) -> None:
+    async with opened(f"sqlite://{kept}/ledger.sqlite") as ledger:
+        await fund(ledger)
+        await ledger.apply(transaction("a", insert("x"), "s1", "s2"))
+    assert hpkvd("check", data=kept).returncode == 0
+    with closing(sqlite3.connect(kept / "ledger.sqlite", isolation_level=None)) as ledger_file:
+        ledger_file.execute("PRAGMA writable_schema = ON")
+        ledger_file.execute(
+            "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master"
+            " WHERE name = 'sqlite_autoindex_entry_1') WHERE name = 'sqlite_autoindex_blob_1'"
+        )
+    found = hpkvd("check", data=kept)
+    assert (found.returncode, "the file is damaged" in found.stdout) == (os.EX_DATAERR, True)
 
 
 def test_a_backup_is_not_part_of_what_it_copies(kept: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trio
@@ -14,6 +14,7 @@ import trio.testing
 from hpkvd.handler import RETRY_AFTER, Handler
 from hpkvd.ledger import Ledger, LedgerBusy, LedgerError, LedgerFull, Transaction, Verdict
 from hpkvfs.protocol import codec
+from hpkvfs.protocol.credential import CredentialRequest, Issuer
 from hpkvfs.protocol.epoch import EpochParameters
 from hpkvfs.protocol.messages import (
     DeleteRequest,
@@ -153,6 +154,46 @@ async def test_after_every_refusal_the_same_credentials_still_pay(
         purse.held += pair
     done = await perform(server, purse, purse.look_up(KEY.public))
     assert done.value == BLOB
+
+
+@pytest.fixture
+def proofs(monkeypatch: pytest.MonkeyPatch) -> list[CredentialRequest]:
+    """The presentations whose proofs were verified."""
+    verified: list[CredentialRequest] = []
+    verify = Issuer.verify
+
+    def noted(issuer: Issuer, statement: Any, request: CredentialRequest, *more: Any) -> None:
+        verified.append(request)
+        verify(issuer, statement, request, *more)
+
+    monkeypatch.setattr(Issuer, "verify", noted)
+    return verified
+
+
+async def test_what_is_refused_or_recalled_costs_no_proof(
+    server: LocalServer, tmp_path: Path, purse: Purse, proofs: list[CredentialRequest]
+) -> None:
+    done = purse.insert(KEY.public, BLOB)
+    proofs.clear()
+    await perform(server, purse, done)
+    assert len(proofs) == 1  # the negative control
+    assert isinstance(await server.ask(done.request), Done)
+    stolen = purse.buy(DeleteRequest(purse.epoch, KEY.public, DIGEST))
+    stolen.request = replace(stolen.request, signature=new_key().sign(stolen.request.signed))
+    attempts = [
+        (purse.insert(KEY.public, new_blob()), Reason.KEY_EXISTS),
+        (stolen, Reason.BAD_SIGNATURE),
+        (Purse(epoch().parameters).redeem(Voucher(50, b"v" * 20)), Reason.UNKNOWN_VOUCHER),
+    ]
+    for purchase, reason in attempts:
+        assert await refused(server, purchase) is reason
+    assert await refused(server, b"noise") is Reason.MALFORMED
+    assert len(proofs) == 1
+    async with local_server(tmp_path / "full.sqlite", reserve=2**62) as full:
+        other = await full.purse(100)
+        proofs.clear()
+        assert await refused(full, other.insert(KEY.public, BLOB)) is Reason.FULL
+        assert not proofs
 
 
 async def test_a_proof_is_of_one_request_only(server: LocalServer, purse: Purse) -> None:

@@ -138,6 +138,4 @@ def test_no_secret_is_in_a_log_or_a_key_in_a_name(server: ServerProcess) -> None
     server.ask(purchase.frame)
     server.ask(purchase.frame[:-1] + b"\1")
     _, told = server.stop()
-    assert key.public.hex() not in told
-    assert str(key.public) not in told
-    assert "127.0.0.1" not in told
+    assert told == "hpkvd: stopping; the last requests are being answered\nhpkvd: stopped\n"

@@ -55,7 +55,9 @@ class _Progress:
 )
 @data_option
 @ledger_option
-@click.option("--quick", is_flag=True, help="Leave out the blobs' digests.")
+@click.option(
+    "--quick", is_flag=True, help="Leave out the blobs' digests, and SQLite's pages and indexes."
+)
 @json_option
 @failures
 def check(data: Path, ledger: str | None, quick: bool, as_json: bool) -> None:

@@ -16,8 +16,11 @@ _BY_NAME: Final = {table.name: table for table in TABLES}
 
 
 def problems(rows: Rows, *, blobs: bool, progress: Progress) -> Iterator[str]:
-    """One sentence for each thing that is wrong. `blobs`: read and hash every blob as well."""
+    """One sentence for each thing that is wrong. `blobs`: look at every page and blob as well."""
     with rows.snapshot():
+        if blobs and (damage := rows.damage()):
+            yield f"the file is damaged, and what is in it cannot be relied on: {damage}"
+            return
         yield from _books(rows)
         yield from _orphans(rows)
         yield from _payments(rows)

@@ -27,6 +27,10 @@ class PostgresqlRows:
             finally:
                 self._connection.execute("ROLLBACK")
 
+    def damage(self) -> str:
+        """See rows.Rows. PostgreSQL tells it by tools of its own (pg_amcheck)."""
+        return ""
+
     def one(self, query: str) -> Row:
         """See rows.Rows."""
         with translated():

@@ -65,6 +65,10 @@ class Rows(Protocol):
         """All that is read within is of one moment."""
         ...
 
+    def damage(self) -> str:
+        """What the engine finds wrong with its own pages and indexes; empty for nothing."""
+        ...
+
     def one(self, query: str) -> Row:
         """The row a portable query gives."""
         ...
@@ -105,6 +109,11 @@ class SqliteRows:
         finally:
             if self._connection.in_transaction:  # an error may have ended it
                 self._connection.execute("ROLLBACK")
+
+    def damage(self) -> str:
+        """See Rows."""
+        (found,) = self.one("PRAGMA integrity_check(1)")
+        return "" if found == "ok" else " ".join(str(found).split())
 
     def one(self, query: str) -> Row:
         """See Rows."""
