@@ -37,6 +37,7 @@ from hpkvd.commands.takings import takings
 from hpkvd.config import Config
 from hpkvd.ledger import Totals, urls
 from hpkvd.payments import vouchers
+from hpkvd.rotation import SECONDS_PER_DAY
 from hpkvfs.guard import guard_memory
 from hpkvfs.protocol.credential import AMOUNT_LIMIT
 from hpkvfs.protocol.epoch import EpochParameters
@@ -217,7 +218,10 @@ def rotate(data: Path, ledger: str | None, as_json: bool) -> None:
 @json_option
 @failures
 def list_epochs(data: Path, ledger: str | None, as_json: bool) -> None:
-    """Tell which epochs there are, when they began and what they charge, the oldest first."""
+    """Tell which epochs there are, when they began and what they charge, the oldest first.
+
+    The last line is what the settings say of the next one.
+    """
     config = settings.load(data)
     directory = data / settings.EPOCHS
     published = epoch_files.published(directory)
@@ -234,7 +238,18 @@ def list_epochs(data: Path, ledger: str | None, as_json: bool) -> None:
         }
         for one in published
     ]
-    click.echo(json.dumps({"epochs": rows}) if as_json else _table(rows))
+    coming = {
+        "number": newest + 1,
+        "begins": _begins(config, epoch_files.began(directory, newest)),
+        "tariff": asdict(config.tariff),
+    }
+    click.echo(json.dumps({"epochs": rows, "next": coming}) if as_json else _table(rows, coming))
+
+
+def _begins(config: Config, newest_began: float) -> str | None:
+    """The day on which a server that runs then begins the next epoch; None: by command only."""
+    days = config.epochs.days
+    return _day(newest_began + days * SECONDS_PER_DAY) if days else None
 
 
 def _day(seconds: float) -> str:
@@ -247,13 +262,17 @@ def _state(number: int, oldest: int, newest: int) -> str:
     return "accepted" if number >= oldest else "ended"
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[dict[str, Any]], coming: dict[str, Any]) -> str:
     lines = [f"{'epoch':>6}  {'began':<10}  {'state':<8}  {'digest':<16}  prices"]
     lines += [
         f"{row['number']:>6}  {row['began']}  {row['state']:<8}  {row['digest'][:16]}  "
         f"{_prices(row['tariff'])}"
         for row in rows
     ]
+    lines.append(
+        f"{coming['number']:>6}  {coming['begins'] or 'by command':<10}  {'next':<8}  {'':<16}  "
+        f"{_prices(coming['tariff'])}"
+    )
     return "\n".join(lines)
 
 

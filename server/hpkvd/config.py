@@ -24,6 +24,7 @@ LEDGER: Final = "ledger.sqlite"
 EPOCHS: Final = "epochs"
 IDENTITY: Final = "identity"
 TOR: Final = "tor"
+LONGEST_EPOCH: Final = 100_000  # days
 UNIX: Final = "unix:"  # before the path of a socket, where else HOST:PORT is
 
 TEMPLATE: Final = """\
@@ -183,8 +184,10 @@ def _config(table: dict[str, Any]) -> Config:
         or not 0 <= config.limits.stop_seconds < inf
     ):
         raise ConfigError("reserve_mib cannot be negative, nor any limit zero or endless")
-    if not 1 <= config.epochs.keep <= MAX_EPOCHS or not 0 <= config.epochs.days < inf:
-        raise ConfigError(f"keep from 1 to {MAX_EPOCHS} epochs; their days cannot be negative")
+    if not 1 <= config.epochs.keep <= MAX_EPOCHS or not 0 <= config.epochs.days <= LONGEST_EPOCH:
+        raise ConfigError(
+            f"keep from 1 to {MAX_EPOCHS} epochs; their days are 0 to {LONGEST_EPOCH:,}"
+        )
     _check_payments(config)
     return config
 

@@ -92,6 +92,19 @@ def test_epochs_are_begun_and_listed(data: Path) -> None:
     assert "ended" in text and "look-up 2" in text
 
 
+def test_the_list_ends_with_the_next_epoch_its_day_and_its_prices(data: Path) -> None:
+    path = data / config.EPOCHS / "00000001.parameters"
+    os.utime(path, (0, 1_000 * SECONDS_PER_DAY))
+    settle(data, tariff=Tariff(2), epochs=Schedule(days=30))
+    coming = json.loads(run("epoch", "list", "--json", "--data", str(data)).output)["next"]
+    assert (coming["number"], coming["begins"]) == (2, "1972-10-27")
+    assert coming["tariff"]["look_up"] == 2
+    assert [row["tariff"]["look_up"] for row in listed(data)] == [1]  # type: ignore[index]
+    settle(data, epochs=Schedule(days=0))
+    *_, last = run("epoch", "list", "--data", str(data)).output.splitlines()
+    assert last.split()[:4] == ["2", "by", "command", "next"]
+
+
 def test_parameters_are_never_written_again(data: Path) -> None:
     directory = data / config.EPOCHS
     before = {path: path.read_bytes() for path in directory.iterdir()}
