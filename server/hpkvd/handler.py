@@ -195,7 +195,7 @@ class Handler:
             change=change,
             into=into.number,
         )
-        verdict: Verdict = await self._ledger.apply(transaction)
+        verdict: Verdict = await self._ledger.apply(transaction, self._turns.crowd)
         if isinstance(verdict, Known):
             return await self._recalled(request, fingerprint, verdict)
         if verdict == _ENDED and not self._epochs.has_ended(request.epoch):

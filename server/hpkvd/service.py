@@ -33,8 +33,9 @@ GONE: Final = (
 )  # fmt: skip
 PAUSE_SECONDS: Final = 0.1
 # Accepted one after the other before anything else is done: enough for their requests to share a
-# commit, and not so many that another worker has nothing to do.
-BURST: Final = 8
+# commit, and not so many that another worker has nothing to do. Half as many as there are here
+# already, within these bounds.
+BURST: Final = range(8, 33)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,15 @@ class Service:
     async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> None:
         while True:
             await checkpoint()
-            for _ in range(BURST):
+            for _ in range(self._burst):
                 await self._slot()
                 connection = await _accepted(listener)
                 connections.start_soon(self._serve, connection)
+
+    @property
+    def _burst(self) -> int:
+        here = self._limits.connections - self._slots.value
+        return min(max(here // 2, BURST[0]), BURST[-1])
 
     async def _slot(self) -> None:
         try:

@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-CROWD: Final = 16
+CROWD: Final = 24
 """So many that wait are a crowd."""
 
 
@@ -27,6 +27,12 @@ class Turns:
     def __init__(self) -> None:
         self._working = 0
         self._waiting = trio.lowlevel.ParkingLot()
+
+    @property
+    def crowd(self) -> int:
+        """So many are at it or wait, if they are a crowd; else 0."""
+        here = self._working + len(self._waiting)
+        return here if here >= CROWD else 0
 
     async def __aenter__(self) -> None:
         if len(self._waiting) >= CROWD:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import psycopg
 
@@ -47,12 +48,18 @@ class Cluster:
         """Of a user with a password."""
         return f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{self.port}/postgres"
 
-    def new_url(self) -> str:
+    @property
+    def socket_url(self) -> str:
+        """The same, through its Unix socket."""
+        return self.url.replace("127.0.0.1", quote(str(self.home), safe=""))
+
+    def new_url(self, *, socket: bool = False) -> str:
         """The URL of a new schema, which is as good as a database of its own."""
         self._schemas += 1
         schema = f"t{self._schemas}"
         self.execute(f"CREATE SCHEMA {schema}")
-        return f"{self.url}?options=-csearch_path%3D{schema}"
+        url = self.socket_url if socket else self.url
+        return f"{url}?options=-csearch_path%3D{schema}"
 
     def execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
         with psycopg.connect(self.url, autocommit=True) as connection:
@@ -74,7 +81,8 @@ class Cluster:
 
     def start(self) -> None:
         options = [
-            f"-cport={self.port}", "-clisten_addresses=127.0.0.1", "-cunix_socket_directories=",
+            f"-cport={self.port}", "-clisten_addresses=127.0.0.1",
+            f"-cunix_socket_directories={self.home}",
             "-cmax_connections=60", "-cshared_buffers=32MB", *self._settings,
         ]  # fmt: skip
         with open(self.home / "log", "ab") as log:

@@ -232,16 +232,22 @@ def hpkvd(*arguments: str, data: Path, timeout: float = 120) -> subprocess.Compl
 
 
 class ServerProcess:
-    """`hpkvd serve` in a process of its own, on a port of its own; by default without workers."""
+    """`hpkvd serve` in a process of its own, on a port of its own; by default without workers.
 
-    def __init__(self, data: Path, *options: str, workers: int = 0) -> None:
+    `path`: on a Unix socket there instead.
+    """
+
+    def __init__(
+        self, data: Path, *options: str, workers: int = 0, path: Path | None = None
+    ) -> None:
         self.data = data
+        self.path = path
         self._options = ["--workers", str(workers), *options]
         self._start()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "hpkvd", "serve", "--listen", "127.0.0.1:0"]
-        command += self._options
+        listen = f"unix:{self.path}" if self.path else "127.0.0.1:0"
+        command = [sys.executable, "-m", "hpkvd", "serve", "--listen", listen, *self._options]
         environment = os.environ | {
             "PYTHONPATH": f"{ROOT}:{ROOT / 'server'}",
             "HPKVD_DATA": str(self.data),
@@ -251,12 +257,26 @@ class ServerProcess:
         )
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline().strip()
-        host, _, port = self.line.rpartition(" ")[2].rpartition(":")
-        self.address = (host, int(port))
+        if self.path is None:
+            host, _, port = self.line.rpartition(" ")[2].rpartition(":")
+            self.address = (host, int(port))
+
+    def connect(self, timeout: float | None = None) -> socket.socket:
+        """A connection to it; OSError."""
+        if self.path is None:
+            return socket.create_connection(self.address, timeout=timeout)
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(str(self.path))
+        except OSError:
+            connection.close()
+            raise
+        return connection
 
     def ask(self, frame: bytes) -> Reply:
         """One request on a connection of its own; OSError or Malformed if that fails."""
-        with socket.create_connection(self.address, timeout=20) as connection:
+        with self.connect(timeout=20) as connection:
             connection.sendall(frame)
             return decode_reply(read_all(connection))
 

@@ -402,7 +402,7 @@ class Failing:
         self.foresee = server.ledger.foresee
         self.read = server.ledger.read
 
-    async def apply(self, transaction: Transaction) -> Verdict:
+    async def apply(self, transaction: Transaction, behind: int = 0) -> Verdict:
         raise self._error
 
 
@@ -439,7 +439,7 @@ async def test_with_too_much_in_work_others_are_told_when_to_come_back(
     release, sound = trio.Event(), server.ledger.apply
 
     class Slow(Failing):
-        async def apply(self, transaction: Transaction) -> Verdict:
+        async def apply(self, transaction: Transaction, behind: int = 0) -> Verdict:
             await release.wait()
             return await sound(transaction)
 

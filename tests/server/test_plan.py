@@ -49,9 +49,12 @@ def test_one_database_has_it_all_until_its_bytes_or_its_commits_are_too_many() -
     assert planned(100).shards.databases == 1
     many_bytes = planned(100, bytes_each=2000 * GIB).shards
     assert many_bytes.key > 10 and many_bytes.serial == 1
-    constants = Constants()
-    most = constants.postgresql_transactions_s * 0.6 * 86_400 / 200 / 3
-    calm, busy = (planned(round(most * by), bytes_each=0).shards for by in (0.99, 1.02))
+    slow = replace(Constants(), postgresql_transactions_s=600.0)  # else bytes come first
+    most = slow.postgresql_transactions_s * 0.6 * 86_400 / 200 / 3
+    calm, busy = (
+        plan(Demand(round(most * by), bytes_each=0), Tariff(), slow, "postgresql").shards
+        for by in (0.99, 1.02)
+    )
     assert (calm.databases, calm.commits_a_request) == (1, 1)
     assert busy.serial > 1 and busy.commits_a_request > 3
     assert "commits" in busy.why

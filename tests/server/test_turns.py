@@ -47,6 +47,20 @@ async def test_nobody_waits_in_a_crowd() -> None:
     assert await _rounds(Turns(), 1 + CROWD - 1) == [1] * CROWD  # the negative control
 
 
+async def test_a_crowd_is_counted_and_a_few_are_not() -> None:
+    turns = Turns()
+    counted: list[int] = []
+
+    async def work() -> None:
+        async with turns:
+            counted.append(turns.crowd)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(CROWD + 1):
+            nursery.start_soon(work)
+    assert sorted(set(counted)) == [0, CROWD, CROWD + 1]
+
+
 async def test_who_fails_or_is_cancelled_takes_nobodys_turn() -> None:
     turns = Turns()
     order: list[str] = []

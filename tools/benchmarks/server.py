@@ -1,23 +1,28 @@
 """Paid requests a second: one and two workers, on SQLite and on PostgreSQL.
 
 Half insert, half look up; each has a proof and a connection of its own, and a durable commit. They
-are made before the clock starts. Runs of all kinds take turns, on fresh ledgers, and a figure is
-that of the best round, because others on the machine can only take away. One worker is kept on the
-first core, with the crowd and PostgreSQL on the others; two are kept on two cores, with crowd and
-PostgreSQL on both if there are no more. In a third kind, `shared`, one worker has one core together
-with all that: what two do on two cores is then twice the machine and twice the work.
+are made before the clock starts. Each worker has as much to do, with 96 in flight for each: two
+that share them have half as many in a commit, which is dearer. Clients and PostgreSQL come through
+Unix sockets, and PostgreSQL has as many buffers as it has by itself.
+
+A server of each kind has a ledger of its own, and they take turns at the same requests. A ratio is
+the median of those within the turns; a rate told is the upper quartile, since others on the machine
+can only take away. One worker is kept on the first core, with the crowd and PostgreSQL on the
+others; two are kept on two cores, with crowd and PostgreSQL on both if there are no more. In a
+third kind, `shared`, one worker has one core together with all that: what two do on two cores is
+then twice the machine and twice the work.
 
 Figures, of `--json`:
 
-    rps_ENGINE_WORKERS    requests a second, by the clock, 64 in flight
+    rps_ENGINE_WORKERS    requests a second, by the clock
     core_ENGINE_WORKERS   requests for each second of the workers' CPU (the database's apart)
-    scaling_ENGINE        rps of two workers over one; on two cores the second worker has to share
-                          its core with crowd and database, which the one did not
+    scaling_ENGINE        rps of two workers over one; on two cores both workers have to share
+                          theirs with crowd and database, which the one did not
     scaling_machine_ENGINE   rps of two workers on two cores over one worker on one, crowd and
                           database on the same cores both times
     scaling_cpu_ENGINE    the same if nothing else ran on the machine: by core_, which is what a
                           second worker costs the first one
-    p50_ms_64, p99_ms_64  of an answer, two workers, SQLite
+    p50_ms_64, p99_ms_64  of an answer, two workers, SQLite, 64 in flight in all
     share_*               of a worker's CPU for a request (SQLite): proofs, codec and ledger, each
                           alone in turn with the whole; the rest is loop, sockets, kernel
     *_ms, *_s, *_bytes    constants of `hpkvd plan`
@@ -43,6 +48,7 @@ from hpkvfs.protocol.credential import parse
 from hpkvfs.protocol.messages import decode_request
 from tests.server import ledgers
 from tests.server.postgres import Cluster
+from tests.server.support import ServerProcess
 from tools.benchmarks.crowd import (
     IN_FLIGHT,
     Load,
@@ -55,11 +61,14 @@ from tools.benchmarks.crowd import (
     serving,
 )
 
-REQUESTS = 2_000
+TURNS = 6
+TURN = 1_500  # requests, at each server
 ROUNDS = 3
-PART = 400  # of the requests, in each round of the shares
+PART = 400  # requests in each round of the shares
+SATURATED = 96  # requests in flight for each worker
 TRANSACTIONS = 2_000
 ENGINES = ("sqlite", "postgres")
+LATENCY = "64"
 
 
 def run(as_json: bool) -> dict[str, object]:
@@ -71,16 +80,18 @@ def run(as_json: bool) -> dict[str, object]:
 
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cluster = stack.enter_context(Cluster())
+        cluster = stack.enter_context(Cluster("-cshared_buffers=128MB"))
         cluster.make()
         cluster.start()
-        tell(f"making {REQUESTS} requests")
-        load = make_load(home, REQUESTS)
-        bench = _Bench(home, cluster, load)
-        kinds = [(engine, kind) for kind in ("shared", "1", "2") for engine in ENGINES]
-        for number in range(ROUNDS):
-            for engine, kind in kinds:
-                tell(f"round {number + 1}: {bench.play(engine, kind)}")
+        tell(f"making {TURNS * TURN} requests")
+        bench = _Bench(home, cluster, make_load(home, TURNS * TURN))
+        kinds = [(engine, kind) for engine in ENGINES for kind in ("shared", "1", "2")]
+        with ExitStack() as servers:
+            for kind in (*kinds, ("sqlite", LATENCY)):
+                servers.enter_context(bench.server(*kind))
+            for turn in range(TURNS):
+                for line in bench.turn(turn):
+                    tell(f"turn {turn + 1}: {line}")
         return bench.figures() | bench.shares() | bench.constants()
 
 
@@ -90,30 +101,45 @@ class _Bench:
         self._cluster = cluster
         self._load = load
         self._ledgers = 0
+        self._servers: dict[tuple[str, str], ServerProcess] = {}
         self._results: defaultdict[str, list[Result]] = defaultdict(list)
         self._database: list[float] = []
         self._shares: defaultdict[str, list[float]] = defaultdict(list)
         self._cores = sorted(os.sched_getaffinity(0))
 
-    def play(self, engine: str, kind: str) -> str:
-        """One run on a fresh ledger, with so many workers; a line about it.
+    @contextmanager
+    def server(self, engine: str, kind: str) -> Iterator[None]:
+        """Meanwhile there is one of this kind, on a fresh ledger.
 
-        `shared`: one, on the same core as all that it needs.
+        `shared`: one worker, on the same core as all that it needs. LATENCY: two, with IN_FLIGHT.
         """
-        own, workers = self._cores, 2 if kind == "2" else 1
-        crowd = {"shared": own[:1], "1": own[1:] or own, "2": own}[kind]
-        with self._kept_on(own[:1] if kind == "shared" else own, crowd):
-            before = cpu_seconds(self._cluster.pid)
-            with serving(self._home, self._load, self._fresh(engine), workers, own) as server:
-                result = played(server, self._load.frames)
-            database = cpu_seconds(self._cluster.pid) - before
-        self._results[f"{engine}_{kind}"].append(result)
-        if engine == "postgres":
-            self._database.append(1000 * database / result.requests)
-        return (
-            f"{engine}_{kind}: {result.rate:.0f} requests/s, {result.per_core:.0f} for each"
-            f" second of CPU; the crowd took {result.client / result.seconds:.0%} of a core"
-        )
+        url, workers = self._fresh(engine), 1 if kind in ("shared", "1") else 2
+        with serving(self._home, self._load, url, workers, self._cores) as server:
+            self._servers[engine, kind] = server
+            yield
+            del self._servers[engine, kind]
+
+    def turn(self, number: int) -> Iterator[str]:
+        """Some of the requests at each server, one after the other; a line about each."""
+        frames = self._load.frames[number * TURN : (number + 1) * TURN]
+        for (engine, kind), server in self._servers.items():
+            with self._kept_on(*self._places(kind)):
+                before = cpu_seconds(self._cluster.pid)
+                result = played(server, frames, _in_flight(kind))
+                database = cpu_seconds(self._cluster.pid) - before
+            self._results[f"{engine}_{kind}"].append(result)
+            if engine == "postgres":
+                self._database.append(1000 * database / result.requests)
+            yield (
+                f"{engine}_{kind}: {result.rate:.0f} requests/s, {result.per_core:.0f} for each"
+                f" second of CPU; the crowd took {result.client / result.seconds:.0%} of a core"
+            )
+
+    def _places(self, kind: str) -> tuple[list[int], list[int]]:
+        """The cores of PostgreSQL and of the crowd."""
+        if kind == "shared":
+            return self._cores[:1], self._cores[:1]
+        return self._cores, self._cores[1:] if kind == "1" and self._cores[1:] else self._cores
 
     @contextmanager
     def _kept_on(self, database: list[int], crowd: list[int]) -> Iterator[None]:
@@ -134,18 +160,18 @@ class _Bench:
     def figures(self) -> dict[str, object]:
         """Rates, scaling, latency."""
         found: dict[str, object] = {}
+        patient = self._results.pop(f"sqlite_{LATENCY}")
         for name, results in self._results.items():
-            found[f"rps_{name}"] = round(max(one.rate for one in results))
-            found[f"core_{name}"] = round(max(one.per_core for one in results))
+            found[f"rps_{name}"] = round(_upper([one.rate for one in results]))
+            found[f"core_{name}"] = round(_upper([one.per_core for one in results]))
         for engine in ENGINES:
-            ones, twos = self._results[f"{engine}_1"], self._results[f"{engine}_2"]
-            clock = max(one.rate for one in twos) / max(one.rate for one in ones)
-            cpu = 2 * max(one.per_core for one in twos) / max(one.per_core for one in ones)
-            found |= {f"scaling_{engine}": round(clock, 2), f"scaling_cpu_{engine}": round(cpu, 2)}
-            shared = max(one.rate for one in self._results[f"{engine}_shared"])
-            machine = max(one.rate for one in twos) / shared
-            found[f"scaling_machine_{engine}"] = round(machine, 2)
-        best = max(self._results["sqlite_2"], key=lambda one: one.rate)
+            shared, one, two = (self._results[f"{engine}_{kind}"] for kind in ("shared", "1", "2"))
+            found |= {
+                f"scaling_{engine}": _ratio(two, one, lambda run: run.rate),
+                f"scaling_machine_{engine}": _ratio(two, shared, lambda run: run.rate),
+                f"scaling_cpu_{engine}": _ratio(two, one, lambda run: run.per_core, 2),
+            }
+        best = max(patient, key=lambda run: run.rate)
         hundredths = statistics.quantiles(best.latencies, n=100)
         found["p50_ms_64"] = round(1000 * hundredths[49], 1)
         found["p99_ms_64"] = round(1000 * hundredths[98], 1)
@@ -154,7 +180,7 @@ class _Bench:
     def shares(self) -> dict[str, object]:
         """Proofs, codec, ledger and the whole of a request on SQLite, in turn; the best rounds."""
         with serving(self._home, self._load, self._fresh("sqlite"), 1) as server:
-            for start in range(0, len(self._load.frames), PART):
+            for start in range(0, ROUNDS * PART, PART):
                 part = self._load.frames[start : start + PART]
                 codec = _each(decode_request, part)
                 self._shares["codec"].append(2 * codec)  # and as much again to encode the reply
@@ -207,9 +233,28 @@ class _Bench:
         """The URL of an empty ledger."""
         self._ledgers += 1
         file = f"sqlite://{self._home}/{self._ledgers}.sqlite"
-        url = file if engine == "sqlite" else self._cluster.new_url()
+        url = file if engine == "sqlite" else self._cluster.new_url(socket=True)
         urls.create(url)
         return url
+
+
+def _in_flight(kind: str) -> int:
+    return {LATENCY: IN_FLIGHT, "2": 2 * SATURATED}.get(kind, SATURATED)
+
+
+def _upper(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=4)[2] if len(values) > 1 else values[0]
+
+
+def _ratio(
+    these: Sequence[Result],
+    those: Sequence[Result],
+    what: Callable[[Result], float],
+    times: int = 1,
+) -> float:
+    """The median over the rounds."""
+    pairs = zip(these, those, strict=True)
+    return round(times * statistics.median(what(one) / what(other) for one, other in pairs), 2)
 
 
 def _each(work: Callable[[bytes], object], frames: Sequence[bytes]) -> float:

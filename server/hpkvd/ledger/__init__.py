@@ -252,10 +252,11 @@ class Ledger(Protocol):
         """The blob under a key."""
         ...
 
-    async def apply(self, transaction: Transaction) -> Verdict:
+    async def apply(self, transaction: Transaction, behind: int = 0) -> Verdict:
         """Perform it unless it is known or refused; durable on return.
 
-        It is performed also when the caller is cancelled while waiting.
+        It is performed also when the caller is cancelled while waiting. `behind`: so many others
+        are right behind it, for which it is worth a moment's wait (group.py).
         """
         ...
 

@@ -4,6 +4,9 @@
 
 A job that was submitted is performed also when its caller is cancelled, and before `serving`
 ends. A batch that fails fails as a whole, and every caller in it is told so.
+
+A batch costs as much as a few more jobs in it, so where a crowd is on its way, it waits until half
+of it is here.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import trio
 from hpkvd.ledger import LedgerError
 
 BATCH: Final = 64
+PATIENCE_SECONDS: Final = 0.05  # for those behind: they may fail on the way
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -51,12 +55,15 @@ class Group(Generic[J, R]):
         self._idle = idle
         self._queue: deque[_Waiting[J, R]] = deque()
         self._wake = trio.Event()
+        self._behind = 0
 
-    async def submit(self, job: J) -> R:
-        """The result of a job, once its batch is done."""
+    async def submit(self, job: J, behind: int = 0) -> R:
+        """The result of a job, once its batch is done. `behind`: so many are on their way too."""
         waiting: _Waiting[J, R] = _Waiting(job, trio.lowlevel.current_task())
         self._queue.append(waiting)
-        self._wake.set()
+        self._behind = behind
+        if self._ripe or len(self._queue) == 1:
+            self._wake.set()
         await trio.lowlevel.wait_task_rescheduled(waiting.abandon)
         if isinstance(waiting.result, LedgerError):
             raise waiting.result
@@ -78,9 +85,22 @@ class Group(Generic[J, R]):
         with trio.CancelScope(shield=True):
             while self._queue or not stopping.is_set():
                 if self._queue:
+                    await self._gathered(stopping)
                     await self._next_batch()
                 elif self._idle is None or not await self._idle():
                     await self._woken(stopping)
+
+    @property
+    def _ripe(self) -> bool:
+        return len(self._queue) >= min(self._behind, BATCH)
+
+    async def _gathered(self, stopping: trio.Event) -> None:
+        if self._ripe:
+            return
+        with trio.move_on_after(PATIENCE_SECONDS):
+            while not (self._ripe or stopping.is_set()):
+                self._wake = trio.Event()
+                await self._wake.wait()
 
     async def _woken(self, stopping: trio.Event) -> None:
         self._wake = trio.Event()

@@ -390,9 +390,9 @@ class SqliteLedger:
 
     # -- Ledger: writing ----------------------------------------------------------------------
 
-    async def apply(self, transaction: Transaction) -> Verdict:
+    async def apply(self, transaction: Transaction, behind: int = 0) -> Verdict:
         """Perform it unless it is known or refused; durable on return."""
-        verdict = await self._writing.submit(transaction)
+        verdict = await self._writing.submit(transaction, behind)
         assert isinstance(verdict, Done | Refused | Known)
         return verdict
 
