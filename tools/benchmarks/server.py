@@ -123,7 +123,7 @@ class _Bench:
         """Some of the requests at each server, one after the other; a line about each."""
         frames = self._load.frames[number * TURN : (number + 1) * TURN]
         for (engine, kind), server in self._servers.items():
-            with self._kept_on(*self._places(kind)):
+            with self._others_on(self._beside(kind)):
                 before = cpu_seconds(self._cluster.pid)
                 result = played(server, frames, _in_flight(kind))
                 database = cpu_seconds(self._cluster.pid) - before
@@ -135,17 +135,16 @@ class _Bench:
                 f" second of CPU; the crowd took {result.client / result.seconds:.0%} of a core"
             )
 
-    def _places(self, kind: str) -> tuple[list[int], list[int]]:
-        """The cores of PostgreSQL and of the crowd."""
-        if kind == "shared":
-            return self._cores[:1], self._cores[:1]
-        return self._cores, self._cores[1:] if kind == "1" and self._cores[1:] else self._cores
+    def _beside(self, kind: str) -> list[int]:
+        """The cores that crowd and PostgreSQL have."""
+        first, others = self._cores[:1], self._cores[1:]
+        return {"shared": first, "1": others or first}.get(kind, self._cores)
 
     @contextmanager
-    def _kept_on(self, database: list[int], crowd: list[int]) -> Iterator[None]:
-        """Meanwhile PostgreSQL, new connections too, has these cores and we have those."""
-        self._pin_database(database)
-        os.sched_setaffinity(0, crowd)
+    def _others_on(self, cores: list[int]) -> Iterator[None]:
+        """Meanwhile crowd and PostgreSQL, new connections too, have these cores."""
+        self._pin_database(cores)
+        os.sched_setaffinity(0, cores)
         try:
             yield
         finally:
