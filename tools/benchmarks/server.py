@@ -1,7 +1,7 @@
 """Paid requests a second: one and two workers, on SQLite and on PostgreSQL.
 
 Half insert, half look up; each has a proof and a connection of its own, and a durable commit. They
-are made before the clock starts. Each worker has as much to do, with 96 in flight for each: two
+are made before the clock starts. Each worker has as much to do, with 128 in flight for each: two
 that share them have half as many in a commit, which is dearer. Clients and PostgreSQL come through
 Unix sockets, and PostgreSQL has as many buffers as it has by itself.
 
@@ -61,11 +61,11 @@ from tools.benchmarks.crowd import (
     serving,
 )
 
-TURNS = 6
+TURNS = 8
 TURN = 1_500  # requests, at each server
 ROUNDS = 3
 PART = 400  # requests in each round of the shares
-SATURATED = 96  # requests in flight for each worker
+SATURATED = 128  # requests in flight for each worker: half of what it takes before it is busy
 TRANSACTIONS = 2_000
 ENGINES = ("sqlite", "postgres")
 LATENCY = "64"
