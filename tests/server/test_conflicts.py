@@ -16,7 +16,7 @@ import pytest
 import trio
 from psycopg import errors
 
-from hpkvd.ledger import Engine, Known, Transaction, Verdict, postgresql
+from hpkvd.ledger import Engine, Known, Transaction, Verdict, postgresql_batch
 from hpkvd.ledger.rules import Job, Result
 from hpkvd.ledger.urls import create
 from hpkvfs.protocol.messages import Done, Outcome
@@ -45,7 +45,7 @@ def url(cluster: Cluster) -> str:
 def failures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """What each try of a batch failed with, by SQLSTATE."""
     seen: Counter[str] = Counter()
-    write = postgresql._write
+    write = postgresql_batch.write
 
     def counted(connection: Any, jobs: Sequence[Job]) -> tuple[Sequence[Result], int]:
         try:
@@ -54,7 +54,7 @@ def failures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
             seen[error.sqlstate or ""] += 1
             raise
 
-    monkeypatch.setattr(postgresql, "_write", counted)
+    monkeypatch.setattr(postgresql_batch, "write", counted)
     yield seen
 
 
@@ -176,7 +176,7 @@ async def test_whatever_a_commit_is_said_to_be_it_is_performed_once(
     committed: bool,
 ) -> None:
     """It fails three times, before the first statement or after COMMIT."""
-    write, left = postgresql._write, [3]
+    write, left = postgresql_batch.write, [3]
 
     def failing(connection: Any, jobs: Sequence[Job]) -> tuple[Sequence[Result], int]:
         if left[0] == 0:
@@ -188,7 +188,7 @@ async def test_whatever_a_commit_is_said_to_be_it_is_performed_once(
 
     async with opened(url) as ledger:
         await fund(ledger)
-        monkeypatch.setattr(postgresql, "_write", failing)
+        monkeypatch.setattr(postgresql_batch, "write", failing)
         one = transaction("a", insert("x"), "s1", "s2")
         verdict = await ledger.apply(one)
         assert left == [0]

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import trio
 
-from hpkvd.ledger import LedgerBusy, LedgerError, postgresql
+from hpkvd.ledger import LedgerBusy, LedgerError, postgresql_connection
 from hpkvd.ledger.postgresql import PostgresqlLedger
 from hpkvd.ledger.urls import create
 from hpkvfs.protocol.messages import Done, Reply, Spent
@@ -161,10 +161,10 @@ async def test_a_lost_connection_is_made_again(url: str, cluster: Cluster) -> No
 async def test_a_database_that_is_away_is_told_of(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql, "FAILOVER_SECONDS", 0.2)
+    monkeypatch.setattr(postgresql_connection, "FAILOVER_SECONDS", 0.2)
     create(url)
     async with opened(url) as ledger:
-        monkeypatch.setattr(ledger, "_writer", postgresql._Session(
+        monkeypatch.setattr(ledger, "_writer", postgresql_connection.Session(
             "postgresql://nobody@127.0.0.1:1/none", autocommit=False
         ))  # fmt: skip
         with pytest.raises(LedgerBusy, match="does not answer"):
@@ -200,7 +200,7 @@ def test_commits_are_durable_whatever_the_database_does_by_default(url: str) -> 
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("ALTER DATABASE postgres SET synchronous_commit = 'off'")
         try:
-            with postgresql.connect(url, autocommit=False) as ours:
+            with postgresql_connection.connect(url, autocommit=False) as ours:
                 assert ours.execute("SHOW synchronous_commit").fetchone() == ("on",)
         finally:
             connection.execute("ALTER DATABASE postgres RESET synchronous_commit")
@@ -255,9 +255,9 @@ async def test_a_connection_has_one_thread_at_a_time_also_while_an_epoch_is_reti
     create(url)
     held: dict[object, threading.Lock] = {}
     shared: list[object] = []
-    run = postgresql._Session.run
+    run = postgresql_connection.Session.run
 
-    def watched(session: postgresql._Session, work: Callable[[Any], Any]) -> Any:
+    def watched(session: postgresql_connection.Session, work: Callable[[Any], Any]) -> Any:
         lock = held.setdefault(session, threading.Lock())
         if not lock.acquire(blocking=False):
             shared.append(session)
@@ -270,7 +270,7 @@ async def test_a_connection_has_one_thread_at_a_time_also_while_an_epoch_is_reti
 
     async with opened(url) as ledger:
         await fund(ledger)
-        monkeypatch.setattr(postgresql._Session, "run", watched)
+        monkeypatch.setattr(postgresql_connection.Session, "run", watched)
 
         async def read() -> None:
             while not done.cancel_called:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hpkvd.ledger import LedgerBusy
-from hpkvd.ledger.postgresql import SERVING, connect, translated
+from hpkvd.ledger.postgresql_connection import SERVING, connect, translated
 from hpkvd.ledger.rows import Row, Table, select
 
 
