@@ -10,6 +10,7 @@ parent, which adds the snapshots up: a Board. Counts only grow; those of workers
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -45,6 +46,7 @@ class Meter:
         place = bisect_left(BUCKETS, seconds)
         bound = f"{BUCKETS[place]:g}" if place < len(BUCKETS) else "+Inf"
         self.values[f'hpkvd_answer_seconds_bucket{{le="{bound}"}}'] += 1
+        self.values["hpkvd_answer_seconds_sum"] += seconds
 
     def worked(self, kind: str, seconds: float) -> None:
         """So long was spent on computing of this kind."""
@@ -98,7 +100,7 @@ def _series(reply: Reply) -> str:
 
 
 def _rounded(name: str, value: float) -> float:
-    if name.startswith("hpkvd_work_seconds_total"):
+    if name.startswith(("hpkvd_work_seconds_total", "hpkvd_answer_seconds_sum")):
         return round(value)
     return value // COARSE * COARSE
 
@@ -112,13 +114,14 @@ def _histogram(counts: Snapshot) -> Snapshot:
         running += counts.get(name, 0)
         shown[name] = running
     shown["hpkvd_answer_seconds_count"] = running
+    shown.setdefault("hpkvd_answer_seconds_sum", 0)
     return shown
 
 
 def _lines(shown: Mapping[str, float]) -> Iterable[str]:
     explained = set()
     for name in sorted(shown, key=_order):
-        family = name.partition("{")[0].removesuffix("_bucket").removesuffix("_count")
+        family = re.sub("_(bucket|sum|count)$", "", name.partition("{")[0])
         if family not in explained:
             explained.add(family)
             kind = "histogram" if family == "hpkvd_answer_seconds" else "gauge"

@@ -291,6 +291,10 @@ def test_the_counts_are_of_all_workers_and_coarse(data: Path) -> None:
         assert "hpkvd_workers 2\n" in page
         bounds = re.findall(r'answer_seconds_bucket\{le="([^"]+)"\} (\d+)', page)
         assert [float(bound) for bound, _ in bounds] == sorted(float(bound) for bound, _ in bounds)
+        count = int(bounds[-1][1])
+        assert f"hpkvd_answer_seconds_count {count}\n" in page
+        assert re.search(r"^hpkvd_answer_seconds_sum \d+$", page, re.MULTILINE)
+        assert page.count("# TYPE hpkvd_answer_seconds ") == page.count("answer_seconds histogram")
         assert key.public.hex() not in page
         victim = min(workers(server))
         os.kill(victim, signal.SIGKILL)
