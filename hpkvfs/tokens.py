@@ -163,7 +163,8 @@ def _pay(settings: Settings, order: Result, wait: bool, as_json: bool) -> None:
 
 
 def _abandoned(result: Result) -> str:
-    told = f"{result['abandoned']} purchases were given up"
+    number = result["abandoned"]
+    told = "1 purchase was given up" if number == 1 else f"{number:,} purchases were given up"
     if result["tokens"]:
         told += f"; {result['tokens']:,} tokens were paid for already, and are here"
     return told
@@ -194,7 +195,7 @@ def _offer(offer: Result) -> str:
         f" from {offer['least']:,} to {offer['most']:,} at a time"
     )
     mints = [f"  of {ui.printable(mint)}" for mint in offer["mints"]]
-    option = "--cashu TOKEN" if mints else "--tokens N --lightning"
+    option = "--cashu - < FILE" if mints else "--tokens N --lightning"
     return "\n".join([line, *mints, f"  hpkvfs buy {option}"])
 
 

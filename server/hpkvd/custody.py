@@ -73,6 +73,9 @@ def migrate(source: str, target: str, progress: Progress) -> None:
     """Move a ledger; LedgerError. Interrupted, it is to be called again, and goes on."""
     if source == target:
         raise LedgerError("source and target are the same ledger")
+    path = urls.sqlite_path(source)
+    if path is not None and not (path.exists() or urls.moved(path).exists()):
+        raise LedgerError(f"there is no ledger at {path}; name the file that is to be moved")
     with in_use(source, alone=True):
         if _is_there(target):
             with closing(rows_of(source)) as rows, closing(rows_of(target)) as copied:

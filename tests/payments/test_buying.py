@@ -65,6 +65,7 @@ def test_the_prices_are_shown_and_ecash_is_turned_into_tokens(
 ) -> None:
     shown = hpkvfs("buy").stdout
     assert "10,000 tokens for 1,000 sat" in shown and mint.url in shown
+    assert "hpkvfs buy --cashu - <" in shown  # and no token where others can read it
     text = mint.token()
     bought = hpkvfs("buy", "--cashu", "-", stdin=text)
     assert bought.stdout == "990 tokens bought; 990 in all\n"
@@ -163,7 +164,7 @@ def test_an_expired_invoice_is_said_and_a_new_one_can_be_had(hpkvfs: Hpkvfs, nod
     node.invoices.clear()
     hpkvfs("buy", "--tokens", "700", "--lightning", "--no-wait")
     assert node.only.msat == 70_000
-    assert hpkvfs("buy", "--abandon").stdout == "1 purchases were given up\n"
+    assert hpkvfs("buy", "--abandon").stdout == "1 purchase was given up\n"
 
 
 def test_giving_up_what_was_paid_takes_it_instead(
@@ -189,7 +190,7 @@ def test_giving_up_ecash_does_not_pay_with_it(hpkvfs: Hpkvfs, mint: MintProcess)
         hpkvfs("buy", "--cashu", "-", stdin=text, code=4)
     finally:
         mint.start()
-    assert hpkvfs("buy", "--abandon").stdout == "1 purchases were given up\n"
+    assert hpkvfs("buy", "--abandon").stdout == "1 purchase was given up\n"
     assert json.loads(hpkvfs("balance", "--json").stdout)["held"] == 0
     assert hpkvfs("buy", "--cashu", "-", stdin=text).stdout == "990 tokens bought; 990 in all\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import sqlite3
 import subprocess
 import sys
@@ -344,6 +345,26 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def test_a_check_says_on_a_terminal_what_takes_long(kept: Path) -> None:
+    def told(*options: str) -> str:
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "hpkvd", "check", *options, "--data", str(kept)]
+        subprocess.run(
+            command,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'server'}"},
+            stdout=subprocess.DEVNULL, stderr=theirs, timeout=60, check=True,
+        )  # fmt: skip
+        os.write(theirs, b"end\n")  # or reading nothing would wait
+        with open(ours, closefd=True) as terminal:
+            shown = terminal.readline()
+        os.close(theirs)
+        return shown
+
+    assert "every page and index of the file" in told()
+    assert told("--quick") == "end\n"
+    assert hpkvd("check", data=kept).stderr == ""
+
+
 def test_a_damaged_file_is_one_sentence_and_half_a_backup_is_none(
     kept: Path, tmp_path: Path
 ) -> None:
@@ -439,6 +460,13 @@ async def test_income_adds_up(tmp_path: Path) -> None:
     assert report["earned"] == {"tokens": 10, "money": 0.1}
     assert report["owed"]["tokens"] == 999_990
     assert "earned" in hpkvd("income", data=data).stdout
+
+
+def test_migrating_what_is_not_there_names_it_and_leaves_nothing(tmp_path: Path) -> None:
+    for path in (tmp_path / "a", tmp_path / "no" / "a"):
+        code, told = hpkvd_plain("migrate", f"sqlite://{path}", f"sqlite://{tmp_path}/b")
+        assert (code, told.startswith(f"hpkvd: there is no ledger at {path};")) == (74, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_password_is_not_taken_from_the_command_line(cluster: Cluster, tmp_path: Path) -> None:

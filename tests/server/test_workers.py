@@ -308,31 +308,36 @@ def test_metrics_for_the_world_are_refused(data: Path) -> None:
     assert "loopback" in result.stderr
 
 
-def test_a_service_manager_passes_the_socket_and_is_told(data: Path, tmp_path: Path) -> None:
+def test_a_service_manager_passes_sockets_and_is_told(data: Path, tmp_path: Path) -> None:
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
         socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.create_server(("127.0.0.1", 0)) as other,
     ):
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(20)
         script = (
-            "import os, sys; os.dup2(int(sys.argv[1]), 3);"
+            "import fcntl, os, sys;"
+            "passed = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in sys.argv[2:]];"
+            "[os.dup2(fd, 3 + place) for place, fd in enumerate(passed)];"
             "os.environ['LISTEN_PID'] = str(os.getpid());"
             "os.environ['WATCHDOG_PID']=str(os.getpid());"
             "os.execv(sys.executable, [sys.executable, '-m', 'hpkvd', 'serve', '--workers', '2',"
-            " '--data', sys.argv[2]])"
+            " '--data', sys.argv[1]])"
         )
+        fds = listening.fileno(), other.fileno()
         process = subprocess.Popen(
-            [sys.executable, "-c", script, str(listening.fileno()), str(data)],
+            [sys.executable, "-c", script, str(data), *map(str, fds)],
             env=os.environ
             | {
                 "PYTHONPATH": f"{ROOT}:{ROOT / 'server'}",
                 "NOTIFY_SOCKET": str(tmp_path / "notify"),
-                "LISTEN_FDS": "1",
+                "LISTEN_FDS": "2",
                 "WATCHDOG_USEC": "400000",
             },
-            pass_fds=[listening.fileno()],
-            stdout=subprocess.DEVNULL,
+            pass_fds=fds,
+            stdout=subprocess.PIPE,
+            text=True,
             stderr=subprocess.DEVNULL,
         )
         try:
@@ -341,12 +346,17 @@ def test_a_service_manager_passes_the_socket_and_is_told(data: Path, tmp_path: P
                 told.append(manager.recv(1000).decode())
             told.append(manager.recv(1000).decode())
             assert told[-1] == "WATCHDOG=1"
-            with socket.create_connection(listening.getsockname(), timeout=10) as connection:
-                connection.sendall(ParametersRequest().encode())
-                assert isinstance(decode_reply(read_all(connection)), Parameters)
+            assert process.stdout is not None
+            for one in (listening, other):
+                host, port = one.getsockname()
+                assert process.stdout.readline() == f"hpkvd: listening on {host}:{port}\n"
+                with socket.create_connection((host, port), timeout=10) as connection:
+                    connection.sendall(ParametersRequest().encode())
+                    assert isinstance(decode_reply(read_all(connection)), Parameters)
         finally:
             process.terminate()
-            assert process.wait(20) == 0
+            process.communicate(timeout=20)
+        assert process.returncode == 0
         manager.settimeout(0.1)
         while (last := manager.recv(1000).decode()) == "WATCHDOG=1":
             pass

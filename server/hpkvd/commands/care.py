@@ -28,6 +28,7 @@ from hpkvd.ledger import check as checking
 from hpkvd.ledger import urls
 
 PROGRESS_SECONDS: Final = 2.0
+PAGES: Final = "looking at every page and index of the file, which takes long for a large one"
 FORGETS: Final = (
     "Credentials spent since this backup was made can be spent again at the restored server, and"
     " blobs stored since are lost. Restore only when the ledger itself is lost, and never while"
@@ -69,6 +70,8 @@ def check(data: Path, ledger: str | None, quick: bool, as_json: bool) -> None:
     url = ledger_url(data, settings.load(data), ledger)
     with closing(custody.rows_of(url)) as rows:
         progress = _Progress("checking")
+        if not quick and urls.sqlite_path(url) is not None and sys.stderr.isatty():
+            click.echo(f"hpkvd: {PAGES}", err=True)
         found = list(checking.problems(rows, blobs=not quick, progress=progress))
     if as_json:
         click.echo(json.dumps({"problems": found}))

@@ -120,7 +120,7 @@ a whole visit; here it carries one request."""
     " nobody restarts.",
 )
 @click.option("--metrics", metavar="HOST:PORT", help="Counts for Prometheus; loopback only.")
-@click.option("--ready-fd", type=int, metavar="N", help="Write the address to this descriptor.")
+@click.option("--ready-fd", type=int, metavar="N", help="Write the addresses to this descriptor.")
 @failures
 def serve(
     data: Path,
@@ -158,7 +158,7 @@ def serve(
     service = _service(data, where, limits) if onion else None
     sockets = _passed() or _bind(listen or config.listen)
     publishing = partial(_publish, data, service, sockets[0])
-    announce = partial(_announce, ready_fd, serving.name(sockets[0]))
+    announce = partial(_announce, ready_fd, [serving.name(one) for one in sockets])
     count = config.workers or supervisor.cores() if workers is None else workers
     if count == 0:
         trio.run(_alone, data, config, ledger, sockets, page_address, announce, publishing)
@@ -435,11 +435,12 @@ def _bind(address: str) -> list[socket.socket]:
         raise Failure(message, os.EX_UNAVAILABLE) from error
 
 
-def _announce(ready_fd: int | None, address: str) -> None:
-    click.echo(f"hpkvd: listening on {address}")
+def _announce(ready_fd: int | None, addresses: Sequence[str]) -> None:
+    for address in addresses:
+        click.echo(f"hpkvd: listening on {address}")
     if ready_fd is not None:
         with open(ready_fd, "w") as ready:
-            ready.write(f"{address}\n")
+            ready.writelines(f"{address}\n" for address in addresses)
 
 
 def _tell_ready(status: str) -> None:
