@@ -13,6 +13,7 @@ users; whole commands do in tests/cli, tests/tools and tests/tor.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -120,6 +121,7 @@ def run(
 def _starter() -> socket.socket:
     """The way to this process's starter, which ends when this process does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    atexit.register(ours.close)
     with theirs:
         _keep.append(
             subprocess.Popen(
