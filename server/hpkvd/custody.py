@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Final
 from hpkvd import config as settings
 from hpkvd import files
 from hpkvd.ledger import LedgerBusy, LedgerError, urls
-from hpkvd.ledger.rows import Progress, Rows, SqliteRows, compare, copy
+from hpkvd.ledger.rows import Progress, Rows, compare, copy
 from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.ledger.sqlite_rows import SqliteRows
 from hpkvfs.tor import TORRC
 
 if TYPE_CHECKING:

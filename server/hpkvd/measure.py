@@ -11,8 +11,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from hpkvd.ledger.rows import TABLES, Row, Rows, SqliteRows
+from hpkvd.ledger.rows import TABLES, Row, Rows
 from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.ledger.sqlite_rows import SqliteRows
 from hpkvfs.protocol.credential import Issuer, Statement, parse, prepare
 from hpkvfs.protocol.epoch import NO_EPOCH, EpochParameters
 from hpkvfs.protocol.tariff import Operation, Tariff

@@ -17,8 +17,9 @@ import trio
 from hpkvd import config, custody
 from hpkvd.commands import serve
 from hpkvd.ledger import LedgerBusy, LedgerError, urls
-from hpkvd.ledger.rows import SqliteRows, copy
+from hpkvd.ledger.rows import copy
 from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.ledger.sqlite_rows import SqliteRows
 from hpkvd.metrics import Meter
 from hpkvfs.protocol.messages import Done, Outcome, Spent
 from tests.ports import own_port

@@ -13,7 +13,8 @@ import pytest
 import trio
 
 from hpkvd.ledger import LedgerBusy, LedgerError, LedgerFull, Read, StoredEntry
-from hpkvd.ledger.sqlite import SCHEMA_VERSION, SqliteLedger
+from hpkvd.ledger.sqlite import SqliteLedger
+from hpkvd.ledger.sqlite_connection import SCHEMA_VERSION
 from hpkvfs.protocol.messages import Done, Reason
 from tests.server.ledgers import (
     blob,

@@ -25,7 +25,7 @@ from hpkvd.handler import Handler
 from hpkvd.ledger import Delete, Transaction
 from hpkvd.ledger.group import Group
 from hpkvd.ledger.rules import Posting
-from hpkvd.ledger.sqlite import _Rows
+from hpkvd.ledger.sqlite_tables import SqliteTables
 from hpkvfs import threads
 from hpkvfs.fs.filesystem import Filesystem
 from hpkvfs.fs.redolog import RedoLog
@@ -69,23 +69,23 @@ def planted(mutation: str | Callable[[], list[Replacement]] | None) -> Iterator[
 @_mutation
 def _reply_not_stored() -> list[Replacement]:
     """The ledger keeps the fact of a request but not what was issued for it."""
-    record = _Rows.record
+    record = SqliteTables.record
 
-    def forgetful(self: _Rows, transaction: Transaction, fact: Fact) -> None:
+    def forgetful(self: SqliteTables, transaction: Transaction, fact: Fact) -> None:
         record(self, replace(transaction, issued=bytes(len(transaction.issued))), fact)
 
-    return [(_Rows, "record", forgetful)]
+    return [(SqliteTables, "record", forgetful)]
 
 
 @_mutation
 def _serial_not_recorded() -> list[Replacement]:
     """A spent credential can be spent by another request."""
-    record = _Rows.record
+    record = SqliteTables.record
 
-    def careless(self: _Rows, transaction: Transaction, fact: Fact) -> None:
+    def careless(self: SqliteTables, transaction: Transaction, fact: Fact) -> None:
         record(self, replace(transaction, serials=()), fact)
 
-    return [(_Rows, "record", careless)]
+    return [(SqliteTables, "record", careless)]
 
 
 @_mutation
@@ -111,12 +111,12 @@ def _reply_before_commit() -> list[Replacement]:
 @_mutation
 def _request_recorded_under_another_name() -> list[Replacement]:
     """A repeated request is not recognised, only that its credentials were spent."""
-    record = _Rows.record
+    record = SqliteTables.record
 
-    def confused(self: _Rows, transaction: Transaction, fact: Fact) -> None:
+    def confused(self: SqliteTables, transaction: Transaction, fact: Fact) -> None:
         record(self, replace(transaction, fingerprint=transaction.fingerprint[::-1]), fact)
 
-    return [(_Rows, "record", confused)]
+    return [(SqliteTables, "record", confused)]
 
 
 @_mutation
@@ -137,10 +137,10 @@ def _refund_credited_twice() -> list[Replacement]:
 def _deletion_answered_and_not_done() -> list[Replacement]:
     """A blob that was refunded stays."""
 
-    def lazy(self: _Rows, key: bytes) -> None:
+    def lazy(self: SqliteTables, key: bytes) -> None:
         pass
 
-    return [(_Rows, "delete_blob", lazy)]
+    return [(SqliteTables, "delete_blob", lazy)]
 
 
 @_mutation
@@ -254,23 +254,23 @@ def _ended_epoch_still_paid_with() -> list[Replacement]:
 @_mutation
 def _replies_dropped_an_epoch_too_soon() -> list[Replacement]:
     """Records go while their epoch can still be presented."""
-    record = _Rows.record
+    record = SqliteTables.record
 
-    def short(self: _Rows, transaction: Transaction, fact: Fact) -> None:
+    def short(self: SqliteTables, transaction: Transaction, fact: Fact) -> None:
         record(self, replace(transaction, epoch=transaction.epoch - 1, into=0), fact)
 
-    return [(_Rows, "record", short)]
+    return [(SqliteTables, "record", short)]
 
 
 @_mutation
 def _moves_forgotten_with_the_epoch_they_left() -> list[Replacement]:
     """Tokens on their way into a later epoch are lost with the earlier one."""
-    record = _Rows.record
+    record = SqliteTables.record
 
-    def short(self: _Rows, transaction: Transaction, fact: Fact) -> None:
+    def short(self: SqliteTables, transaction: Transaction, fact: Fact) -> None:
         record(self, replace(transaction, into=0), fact)
 
-    return [(_Rows, "record", short)]
+    return [(SqliteTables, "record", short)]
 
 
 @_mutation

@@ -35,8 +35,8 @@ from hpkvd.ledger import (
     Totals,
     Transaction,
     Verdict,
+    later,
     newest,
-    sweep,
     till,
 )
 from hpkvd.ledger import postgresql_batch as batch
@@ -144,8 +144,7 @@ class PostgresqlLedger:
         with translated(), connect(url, autocommit=False) as connection:
             if schema_version(connection) is not None:
                 raise LedgerError("the database has a ledger already")
-            later = sweep.SCHEMA + till.schema("BYTEA") + newest.SCHEMA
-            connection.execute((SCHEMA + later).encode())
+            connection.execute("".join((SCHEMA, *later.tables("BYTEA"))).encode())
             connection.execute(
                 "INSERT INTO hpkvd (id, version, state) VALUES (0, %s, 'ready')", (SCHEMA_VERSION,)
             )

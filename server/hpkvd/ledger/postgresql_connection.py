@@ -22,7 +22,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 import psycopg
 from psycopg import errors
 
-from hpkvd.ledger import LedgerBusy, LedgerError, LedgerFull, newest, sweep, till
+from hpkvd.ledger import LedgerBusy, LedgerError, LedgerFull, later
 
 SCHEMA_VERSION: Final = 6  # of postgresql.SCHEMA, and what check_version adds to older ones
 FAILOVER_SECONDS: Final = 20.0
@@ -158,8 +158,7 @@ def check_version(connection: Connection) -> None:
         )
     row = connection.execute("SELECT state FROM hpkvd").fetchone()
     if version < SCHEMA_VERSION:
-        later = (sweep.SCHEMA, till.schema("BYTEA"), newest.SCHEMA)
-        added = "".join(later[max(0, version - 3) :])
+        added = "".join(later.tables("BYTEA")[max(0, version - 3) :])
         noted = f"UPDATE hpkvd SET version = {SCHEMA_VERSION};"
         connection.execute(f"BEGIN; {added} {noted} COMMIT;".encode())
     if row == ("filling",):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple, Protocol
 
-# Since schema 3.
+# Since schema 3 of SQLite, 4 of PostgreSQL.
 SCHEMA: Final = """
 CREATE TABLE ended (
     id          BIGINT PRIMARY KEY CHECK (id = 0),
