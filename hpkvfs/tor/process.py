@@ -20,6 +20,8 @@ START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 5.0
 POLL_SECONDS: Final = 0.1
 TORRC: Final = "torrc"
+# Told us by our service manager, and not to be answered by tor, which otherwise says it is ready.
+MANAGER: Final = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
 
 # What an owned tor is told. TAKEOWNERSHIP, which stem sends, then has it end with us.
 _TORRC: Final = """\
@@ -72,8 +74,9 @@ async def owned(data: Path, more: str, nursery: trio.Nursery) -> AsyncIterator[O
         data=_quoted(data), port=_quoted(port_file), owner=os.getpid(), more=more
     )
     command = [program, "--defaults-torrc", str(data / "none"), "-f", "-"]
+    environment = {name: value for name, value in os.environ.items() if name not in MANAGER}
     process = await trio.lowlevel.open_process(
-        command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True
+        command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True, env=environment
     )
     try:
         assert process.stdin is not None and process.stdout is not None
