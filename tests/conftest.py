@@ -10,6 +10,7 @@ would run alone at the end.
 
 from __future__ import annotations
 
+import signal
 from typing import Any, Final
 
 import pytest
@@ -40,6 +41,12 @@ APART: Final = {
     "tests/simulation/test_seeds.py",
     "tests/world/test_kill.py",
 }
+
+
+def pytest_configure() -> None:
+    """Have interrupts heeded by what tests start, also in the background of a shell, which has
+    them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

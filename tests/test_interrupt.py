@@ -21,13 +21,7 @@ def start(command: str, first_import: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=catch_interrupts,
     )
-
-
-def catch_interrupts() -> None:
-    """As a terminal starts it; what a script starts with & ignores them."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("command", ["hpkvfs", "hpkvd"])

@@ -33,7 +33,6 @@ def test_a_terminal_is_shown_how_far_tor_is(hpkvfs: Hpkvfs, state: Path, termina
         env=ENVIRONMENT | {"TERM": "xterm"},
         stdin=subprocess.PIPE,
         stderr=theirs,
-        preexec_fn=_heed_interrupts,
     ) as process:
         os.close(theirs)
         assert process.stdin is not None
@@ -54,8 +53,3 @@ def test_a_terminal_is_shown_how_far_tor_is(hpkvfs: Hpkvfs, state: Path, termina
     assert (state / "tor").stat().st_mode & 0o777 == 0o700
     assert (state / "tor" / "lock").exists()  # tor's own
     assert not (state / "tor" / "port").exists()  # it ended with us
-
-
-def _heed_interrupts() -> None:
-    """Also where these tests run in the background of a shell, which has them ignored."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -198,19 +198,22 @@ def test_giving_up_ecash_does_not_pay_with_it(hpkvfs: Hpkvfs, mint: MintProcess)
 def test_ctrl_c_while_waiting_says_how_to_go_on(
     hpkvfs: Hpkvfs, node: Cln, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = start(tmp_path / "state", "buy", "--tokens", "500", "--lightning")
-    assert process.stdout is not None
-    process.stdout.readline()
     answer, asked_again = node.answer, threading.Event()
 
     def heard(*question: Any) -> Any:
         asked_again.set()
         return answer(*question)
 
-    monkeypatch.setattr(node, "answer", heard)
-    assert asked_again.wait(60)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with start(tmp_path / "state", "buy", "--tokens", "500", "--lightning") as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            monkeypatch.setattr(node, "answer", heard)
+            assert asked_again.wait(60)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 1
     assert "nothing is lost, paid or not; go on with it: hpkvfs buy\n" in err
     node.only.pay()
