@@ -33,6 +33,7 @@ ENVIRONMENT: Final = {
 } | {"PYTHONPATH": f"{ROOT}:{ROOT / 'server'}"}
 MOST_BYTES: Final = 1 << 17
 MOST_SECONDS: Final = 120.0
+END_SECONDS: Final = 10.0
 
 
 def command(module: str, *arguments: str | Path) -> list[str]:
@@ -121,21 +122,17 @@ def run(
 def _starter() -> socket.socket:
     """The way to this process's starter, which ends when this process does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    atexit.register(ours.close)
     with theirs:
-        _keep.append(
-            subprocess.Popen(
-                command("tests.commands"),
-                cwd=ROOT,
-                env=ENVIRONMENT,
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-            )
+        starter = subprocess.Popen(
+            command("tests.commands"),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
         )
+    atexit.register(starter.wait, END_SECONDS)
+    atexit.register(ours.close)  # which comes first, and ends it
     return ours
-
-
-_keep: Final[list[subprocess.Popen[bytes]]] = []
 
 
 # The starter's side.

@@ -242,7 +242,8 @@ def _in_flight(kind: str) -> int:
 
 
 def _upper(values: Sequence[float]) -> float:
-    return statistics.quantiles(values, n=4)[2] if len(values) > 1 else values[0]
+    """The quartile."""
+    return statistics.quantiles(values, n=4)[2]
 
 
 def _ratio(

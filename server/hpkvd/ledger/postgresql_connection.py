@@ -94,6 +94,7 @@ class Session:
         if self._connection is None or self._connection.closed:
             self._connection = connect(self._url, autocommit=True, name=SERVING)
             self._check()
+            self._connection.autocommit = self._autocommit
         return self._connection
 
     def _check(self) -> None:
@@ -104,7 +105,6 @@ class Session:
         except LedgerError:
             self._drop()
             raise
-        self._connection.autocommit = self._autocommit
 
     def _roll_back(self) -> None:
         if self._connection is not None:
